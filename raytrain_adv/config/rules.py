@@ -151,11 +151,10 @@ def _is_other_than_a_folder(path: str) -> bool:
 
 
 def _evaluation(job: JobConfig) -> Iterable[Problem]:
-    output = job.output
+    output, hold_out = job.output, "hold rows out with val_size, or name an eval_dataset"
     if output.eval_strategy != "no" and not job.data.holds_rows_out:
         text = f"eval_strategy: {output.eval_strategy} without rows to evaluate"
-        fix = "hold rows out with val_size, or name an eval_dataset"
-        yield Problem(text, fix, "eval_strategy")
+        yield Problem(text, hold_out, "eval_strategy")
     follows = {
         "load_best_model_at_end": output.load_best_model_at_end,
         "early_stopping_steps": output.early_stopping_steps is not None,
@@ -170,8 +169,7 @@ def _evaluation(job: JobConfig) -> Iterable[Problem]:
         yield Problem(text, "name eval_dataset, or delete it", "eval_on_each_dataset")
     for key in ("eval_on_start", "compute_accuracy"):
         if getattr(output, key) and not job.data.holds_rows_out:
-            fix = "hold rows out with val_size, or name an eval_dataset"
-            yield Problem("there are no rows to evaluate", fix, key)
+            yield Problem("there are no rows to evaluate", hold_out, key)
     if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
         rows = (
             "" if job.data.holds_rows_out else ", and hold rows out with val_size or eval_dataset"

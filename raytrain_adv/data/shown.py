@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +40,11 @@ class ShownRow:
     num_before: int
     """Its tokens before cutoff_len was applied."""
 
-    def runs(self) -> Iterator[tuple[bool, str]]:
-        """Yield stretches of text, and whether they are trained on."""
-        at = 0
-        for end in range(1, len(self.tokens) + 1):
-            trained = self.tokens[at].is_trained
-            if end == len(self.tokens) or self.tokens[end].is_trained != trained:
-                yield trained, "".join(token.text for token in self.tokens[at:end])
-                at = end
+    def marked(self) -> str:
+        """Return the text; what is trained on stands between >> and <<."""
+        runs = groupby(self.tokens, key=lambda token: token.is_trained)
+        texts = ((trained, "".join(token.text for token in run)) for trained, run in runs)
+        return "".join(f">>{text}<<" if trained else text for trained, text in texts)
 
 
 def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
@@ -116,7 +114,7 @@ def _texts(
 
 def plain(row: ShownRow, most: int = 1200) -> str:
     """Return a row for a log: what is trained on stands between >> and <<; long ones are cut."""
-    text = "".join(f">>{run}<<" if trained else run for trained, run in row.runs())
+    text = row.marked()
     if len(text) > most:
         text = f"{text[: most // 2]}\n[...]\n{text[-most // 2 :]}"
     numbers = f"{row.num_tokens:,} tokens, loss on {row.num_trained:,}"

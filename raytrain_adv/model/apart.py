@@ -3,7 +3,7 @@ layers without kernels that take bounds, attention that makes its own mask. Each
 each conversation.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves, tree_map
 
 MULTIPLE = 16
 Span = tuple[int, int]
@@ -64,19 +65,15 @@ def in_parts(plain: Any, args: Any, given: Any, spans: Sequence[Span]) -> Any:
     masks get theirs, without padding.
     """
     length = spans[-1][1]
-    multiple = 1 if _has_mask((*args, given), length) else MULTIPLE
+    multiple = 1 if any(_is_mask(x, length) for x in tree_leaves((args, given))) else MULTIPLE
     parts = []
     for start, end in spans:
         cut = partial(_cut, start=start, end=end, length=length, multiple=multiple)
-        parts.append(_shortened(plain(*map(cut, args), **_each(cut, given)), end - start, multiple))
-    return _joined(parts, [end - start for start, end in spans])
-
-
-def _has_mask(value: Any, length: int) -> bool:
-    if isinstance(value, tuple | list | dict):
-        inner = value.values() if isinstance(value, dict) else value
-        return any(_has_mask(one, length) for one in inner)
-    return _is_mask(value, length)
+        own, named = tree_map(cut, (args, given))
+        shorten = partial(_shortened, length=end - start, multiple=multiple)
+        parts.append(tree_map(shorten, plain(*own, **named)))
+    lengths = [end - start for start, end in spans]
+    return tree_map(lambda *outputs: _joined(outputs, lengths), *parts)
 
 
 def _is_mask(value: Any, length: int) -> bool:
@@ -88,19 +85,10 @@ def _is_mask(value: Any, length: int) -> bool:
     )
 
 
-def _each(change: Callable[[Any], Any], values: Any) -> Any:
-    """Return a tuple, list or dict with each value changed."""
-    if isinstance(values, dict):
-        return {name: change(one) for name, one in values.items()}
-    return type(values)([change(one) for one in values])
-
-
 def _cut(value: Any, start: int, end: int, length: int, multiple: int) -> Any:
     """Return a conversation's part of an argument: of tensors along their first axis of `length`
     tokens after the batch's, and of masks along both.
     """
-    if isinstance(value, tuple | list | dict):
-        return _each(partial(_cut, start=start, end=end, length=length, multiple=multiple), value)
     if _is_mask(value, length):
         return value[..., start:end, start:end]
     if not isinstance(value, Tensor) or length not in value.shape[1:]:
@@ -111,19 +99,15 @@ def _cut(value: Any, start: int, end: int, length: int, multiple: int) -> Any:
 
 
 def _shortened(output: Any, length: int, multiple: int) -> Any:
-    """Return outputs [batch, padded tokens, ...] without padding."""
-    if isinstance(output, tuple | list):
-        return _each(partial(_shortened, length=length, multiple=multiple), output)
+    """Return an output [batch, padded tokens, ...] without padding, another as it is."""
     padded = length + -length % multiple
     if isinstance(output, Tensor) and output.ndim > 1 and output.shape[1] == padded:
         return output[:, :length]
     return output
 
 
-def _joined(parts: list[Any], lengths: list[int]) -> Any:
+def _joined(parts: tuple[Any, ...], lengths: list[int]) -> Any:
     """Return outputs [batch, tokens, ...] as one; of others the last."""
-    if isinstance(parts[0], tuple | list):
-        return type(parts[0])([_joined(list(p), lengths) for p in zip(*parts, strict=True)])
     if all(isinstance(p, Tensor) and p.ndim > 1 for p in parts) and lengths == [
         p.shape[1] for p in parts
     ]:

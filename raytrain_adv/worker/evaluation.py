@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from raytrain_adv.checkpoint.folders import all_folders, find
 from raytrain_adv.data.batches.loader import Batches, MicroBatch, eval_batches
 from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import StorageError
-from raytrain_adv.ops.loss import IGNORE
+from raytrain_adv.ops.loss import IGNORE, perplexity
 from raytrain_adv.ops.loss.function import chunked_cross_entropy_sum
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import plural
@@ -62,15 +61,11 @@ def _together(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
         answers = sum(one["num_answers"] for one in results)
         right = sum(one[EXACT] * one["num_answers"] for one in results)
         whole |= {EXACT: right / max(answers, 1), "num_answers": answers}
-    whole |= {"perplexity": _perplexity(whole["loss"]), "num_label_tokens": tokens}
+    whole |= {"perplexity": perplexity(whole["loss"]), "num_label_tokens": tokens}
     whole["seconds"] = sum(one["seconds"] for one in results)
     for dataset, one in each.items():
         whole |= {f"{name}/{dataset}": one[name] for name in FIGURES if name in one}
     return whole
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()
@@ -102,7 +97,7 @@ def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
     shares = {"accuracy": num_right / max(tokens, 1.0), EXACT: num_exact / max(answers, 1.0)}
     return {
         "loss": loss,
-        "perplexity": _perplexity(loss),
+        "perplexity": perplexity(loss),
         **({**shares, "num_answers": int(answers)} if state.job.output.compute_accuracy else {}),
         "num_label_tokens": int(tokens),
         "seconds": time.perf_counter() - start,
@@ -155,31 +150,30 @@ def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
             transform.switch(state.model, on)
             known = on and not of and state.evaluated[0] == done
             result = state.evaluated[1] if known else evaluate(state, state.held_out)
-            loss, perplexity = result["loss"], result["perplexity"]
             exact = {EXACT: result[EXACT]} if EXACT in result else {}
             right = f", {result[EXACT]:.1%} of the answers exact" if exact else ""
             state.run.say(
-                f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity "
-                f"{perplexity:.4g}{right}",
+                f"{name} after {done} steps: held-out loss {result['loss']:.4f}, perplexity "
+                f"{result['perplexity']:.4g}{right}",
                 event="variant",
                 transform=transform.name,
                 variant=name,
                 step=done,
-                loss=loss,
-                perplexity=perplexity,
+                loss=result["loss"],
+                perplexity=result["perplexity"],
                 **exact,
             )
 
 
-def _best(state: TrainState) -> tuple[int, float]:
-    """Return the first step with the best evaluation, and the metric there; not the model before
-    the first step, of which there is no checkpoint.
+def _best(state: TrainState) -> tuple[int, str, float]:
+    """Return the first step with the best evaluation, and the metric and its value there; not the
+    model before the first step, of which there is no checkpoint.
     """
     name = state.job.output.metric_for_best_model.removeprefix("eval_")
     sign = -1.0 if name == "accuracy" else 1.0
     found = {int(step): one[name] for step, one in state.evaluations.items() if int(step)}
     step = min(found, key=lambda step: sign * found[step])
-    return step, found[step]
+    return step, name, found[step]
 
 
 def is_best(state: TrainState, done: int) -> bool:
@@ -193,11 +187,10 @@ def is_best(state: TrainState, done: int) -> bool:
 def is_enough(state: TrainState, done: int) -> bool:
     """Whether the run ends early: early_stopping_steps evaluations brought nothing better."""
     limit = state.job.output.early_stopping_steps
-    best, value = _best(state)
+    best, name, value = _best(state)
     since = sum(int(step) > best for step in state.evaluations)
     if limit is None or since < limit or done == state.arithmetic.total_steps:
         return False
-    name = state.job.output.metric_for_best_model.removeprefix("eval_")
     state.run.say(
         f"stopping early after step {done}: {name} {value:.4f} of step {best} was the best, and "
         f"{since} evaluations since brought nothing better",
@@ -214,9 +207,8 @@ def restore_best(state: TrainState) -> None:
     """
     if not state.job.output.load_best_model_at_end or not state.evaluations:
         return
-    best, value = _best(state)
-    last = max(map(int, state.evaluations))
-    run, name = state.run, state.job.output.metric_for_best_model.removeprefix("eval_")
+    best, name, value = _best(state)
+    run, last = state.run, max(map(int, state.evaluations))
     sentence = (
         f"the model of step {best} is the best of {plural(len(state.evaluations), 'evaluation')}"
     )

@@ -45,16 +45,12 @@ class Layout:
         """Convert one row. Raises UnusableRow if it has no answer, or is not laid out as the others
         are.
         """
-        if not isinstance(values, dict):
-            raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
         convert = _from_alpaca if self.formatting == "alpaca" else _from_messages
-        return convert(self, values)
+        return convert(self, _as_object(values))
 
     def text(self, values: Any) -> str:
         """Return a row's text to pretrain on: prompt and query, as LLaMA-Factory joins them."""
-        if not isinstance(values, dict):
-            raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
-        text = self._question(values)
+        text = self._question(_as_object(values))
         if not text.strip():
             raise UnusableRow(f"no text: {self.columns['prompt']} is empty or missing")
         return text
@@ -62,6 +58,12 @@ class Layout:
     def _question(self, values: dict[str, Any]) -> str:
         columns = [self.columns[one] for one in ("prompt", "query") if one in self.columns]
         return "\n".join(filter(None, (_text(values.get(one), one) for one in columns)))
+
+
+def _as_object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
+    return row
 
 
 _TAGS: dict[Formatting, dict[str, str]] = {"alpaca": {}}

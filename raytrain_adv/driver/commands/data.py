@@ -53,8 +53,7 @@ def _print_row(console: Console, row: ShownRow) -> None:
     console.print(Text.assemble((row.where, "bold"), f"  {numbers}"))
     console.print(Text(" -> ".join(row.roles), style="dim"))
     if not console.color_system:  # a pipe, a file, NO_COLOR
-        marked = "".join(f">>{run}<<" if trained else run for trained, run in row.runs())
-        console.print(marked)
+        console.print(row.marked())
         return
     shown = Text()
     for token in row.tokens:

@@ -125,6 +125,7 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
             f"{folder}: {', '.join(run)}",
             "choose another output_dir",
         )
+    sweep = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE)
     if job.output.overwrite_output_dir and not resume:
         for trial, storage in zip(trials, storages, strict=True):
             own = Path(trial.job.output.output_dir)
@@ -132,13 +133,11 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
             output_dir.refuse_to_replace_what_is_read(trial.job, replaced)
         replaced.is_there = bool(there) or any(storage.folders() for storage in storages)
         if replaced.is_there:
-            sweep = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE)
             output_dir.describe_replacement(replaced, owned=sweep is not None)
         return replaced
     # If Ray did not start, no trial has written something, and the folder can be used again.
-    found = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE) or {"best_job": ""}
-    has_begun = found.get("best_job") is not None or any((folder / TRIALS).glob("*/*"))
-    if there and not resume and has_begun:
+    has_results = sweep is None or sweep.get("best_job") is not None
+    if there and not resume and (has_results or any((folder / TRIALS).glob("*/*"))):
         raise JobError(
             "output_dir holds a sweep already",
             f"{folder}: {', '.join(there)}",
