@@ -3,11 +3,12 @@
 """
 
 import importlib
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from types import ModuleType
+
+from raytrain_adv import errors
+from raytrain_adv.imports import interrupt_later
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,20 +26,12 @@ def _commands() -> ModuleType:
     """Import the commands, which takes half a second; Ctrl-C meanwhile ends the program after that:
     libraries would make an error of it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return importlib.import_module("raytrain_adv.cli")
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        cli = importlib.import_module("raytrain_adv.cli")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        with interrupt_later():
+            cli = importlib.import_module("raytrain_adv.cli")
     except KeyboardInterrupt:
-        sys.stderr.write(cli.errors.STOPPED)
-        sys.exit(cli.errors.EXIT_STOPPED)
+        sys.stderr.write(errors.STOPPED)
+        sys.exit(errors.EXIT_STOPPED)
     return cli
 
 

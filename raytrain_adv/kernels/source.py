@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.config.section import Text
 from raytrain_adv.text import first_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
 class KernelEntry(BaseModel):

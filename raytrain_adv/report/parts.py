@@ -1,34 +1,24 @@
 """The types of report.json: numbers, and the records inside it."""
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
+from pydantic_core import to_jsonable_python
 
 from raytrain_adv.redaction import redact, redact_arguments
 from raytrain_adv.transforms.transform import Plan
 
 
 def _json(value: Any) -> Any:
-    """Return the value as JSON has it: objects, lists, scalars; NaN and infinity become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _json(inner) for key, inner in value.items()}
-    if isinstance(value, str | bytes | Path):
-        return value if isinstance(value, str) else os.fsdecode(value)
-    item = getattr(value, "item", None)  # numpy and torch scalars, none of which is imported here
-    if callable(item) and getattr(value, "ndim", 0) == 0:
-        value = item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Iterable):
-        return [_json(inner) for inner in value]
-    return value
+    """Return the value as JSON has it: objects, lists, scalars, also of numpy and torch; NaN and
+    infinity become null.
+    """
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda other: other.tolist())
 
 
 Number = Annotated[float | None, BeforeValidator(_json)]

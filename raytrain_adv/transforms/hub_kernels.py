@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem, show
-from raytrain_adv.config.section import PathText
+from raytrain_adv.config.section import PathText, Text
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
 from raytrain_adv.kernels.fetch import Build, NoBuild, Place
-from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
+from raytrain_adv.kernels.source import KernelEntry, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
 from raytrain_adv.text import plural

@@ -31,6 +31,7 @@ _TOOL = {
 }
 _TRIED = "a thought"
 _ASK: Message = {"role": "user", "content": "a question"}
+_ANSWER: Message = {"role": "assistant", "content": "an answer"}
 _NO_TOOLS = "the tokenizer's chat template has no form for tools; set template in the job"
 
 
@@ -189,7 +190,7 @@ class OwnTemplate:
             _answering({"role": "tool", "content": f"result {n}"}, asking["tool_calls"], n)
             for n in range(calls)
         ]
-        after = [*results, _says("an answer")] if has_results else []
+        after = [*results, _ANSWER] if has_results else []
         return self._written([_ASK, asking, *after], [_TOOL] if self._writes_tools else None)
 
     @cached_property
@@ -202,7 +203,7 @@ class OwnTemplate:
         found = []
         for tried in (page, page.with_parts()):
             try:
-                text = tried.write([_ASK, _says("an answer")])
+                text = tried.write([_ASK, _ANSWER])
             except UnusableRow:
                 text = ""
             found.append("a question" in text and "an answer" in text)
@@ -211,11 +212,11 @@ class OwnTemplate:
     @cached_property
     def _writes_system(self) -> bool:
         system: Message = {"role": "system", "content": "a system text"}
-        return "a system text" in self._written([system, _ASK, _says("an answer")])
+        return "a system text" in self._written([system, _ASK, _ANSWER])
 
     @cached_property
     def _writes_tools(self) -> bool:
-        return "first_name" in self._written([_ASK, _says("an answer")], [_TOOL])
+        return "first_name" in self._written([_ASK, _ANSWER], [_TOOL])
 
     @cached_property
     def _call_form(self) -> CallForm | None:
@@ -252,7 +253,7 @@ class OwnTemplate:
         """
         called = self._probe(self._call_form or CALL_FORMS[0], thinking=beside)
         has_own_marks = _TRIED in called and "<think>" not in called
-        answer = {**_says("an answer"), "reasoning_content": _TRIED}
+        answer = {**_ANSWER, "reasoning_content": _TRIED}
         for form in THOUGHT_FORMS:
             text = self._written([_ASK, form(answer, _TRIED, "an answer")]).rpartition("a question")
             is_other = has_own_marks and form not in (THOUGHT_FORMS[:2])
@@ -284,7 +285,7 @@ class OwnTemplate:
     @cached_property
     def _answers_end_bare(self) -> bool:
         """Whether the template ends an answer with no token of its own, as GLM-4.5's does."""
-        text = self._written([_ASK, _says("an answer")])
+        text = self._written([_ASK, _ANSWER])
         tail = text.rpartition("an answer")[2] if "an answer" in text else ""
         return bool(text) and self._special.search(tail) is None
 
@@ -315,10 +316,6 @@ class OwnTemplate:
             return ""
         token = self._special.match(longer, len(text)) if longer.startswith(text) else None
         return token[0] if token else ""
-
-
-def _says(content: str) -> Message:
-    return {"role": "assistant", "content": content}
 
 
 def _dressed(message: Message, form: CallForm, num_before: int) -> Message:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain_adv.data.tokens import cache
+from raytrain_adv.data.tokens.datasets import NUM_EXAMPLES
 from raytrain_adv.data.tokens.tokenize import Chunk, reasons
 from raytrain_adv.errors import JobError
 from raytrain_adv.ops.loss import IGNORE
@@ -20,8 +21,6 @@ STATE, PARTS = "state.json", "dataset_dict.json"
 """Files of a saved dataset, and of several in one folder, by `datasets`."""
 ROWS = 1000
 """Rows that are read at a time."""
-NUM_EXAMPLES = 100
-"""Unusable rows that are named; the others are counted."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ray._raylet import (  # type: ignore[attr-defined] # its stub lacks them
 
 from raytrain_adv.config.job import CPU_WORKERS, JobConfig
 from raytrain_adv.errors import ClusterError
+from raytrain_adv.imports import interrupt_later
 from raytrain_adv.redaction import refuse_submitted
 from raytrain_adv.text import of_error
 
@@ -207,7 +208,9 @@ def _in_own_process_group(num_waiting: int) -> Iterator[None]:
 
     class Grouped(original):  # type: ignore[misc, valid-type] # ray is Any to mypy
         def __init__(self, command: Sequence[str], **options: Any) -> None:
-            with _interrupt_later():
+            # Ray forks by preexec_fn. Python would drop an exception in its hooks around the fork,
+            # and logging's would keep its lock: a thread that imports would wait for it forever.
+            with interrupt_later():
                 fewer = [_fewer(one, num_waiting) for one in command]
                 super().__init__(fewer, process_group=0, **options)
 
@@ -216,25 +219,6 @@ def _in_own_process_group(num_waiting: int) -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = original
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Let Ctrl-C raise after the block, which starts a process as Ray does, by preexec_fn.
-
-    Python would drop an exception in its hooks around the fork, and logging's would keep its lock:
-    a thread that imports would wait for it forever.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return (yield)
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _fewer(argument: str, num_waiting: int) -> str:

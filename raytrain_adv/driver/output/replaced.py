@@ -65,14 +65,14 @@ class Replaced:
     def _move(self, elsewhere: Sequence[Storage]) -> Path:
         number = 1
         while (self.folder / PREVIOUS / str(number)).exists() or (
-            elsewhere and self._kept(number).folders()
+            elsewhere and Storage.at(self._kept(number)).folders()
         ):
             number += 1
         target = self.folder / PREVIOUS / str(number)
         target.mkdir(parents=True)
         # A kill between two moves leaves a part in its place, which the next launch moves too.
         for storage in elsewhere:
-            kept, (parent, _, name) = self._kept(number), storage.root.rpartition("/")
+            kept, (parent, _, name) = Storage.at(self._kept(number)), storage.root.rpartition("/")
             kept.make()
             Storage(storage.filesystem, parent).move(name, kept.path(name))
             kept.folder(name).write_json(OWNER, {"output_dir": str(target.resolve())})
@@ -95,10 +95,10 @@ class Replaced:
             self._readdress_base(path, target)
         return target
 
-    def _kept(self, number: int) -> Storage:
+    def _kept(self, number: int) -> str:
         """Return where checkpoints outside of output_dir are kept."""
         label = f"{PREVIOUS}/{self.folder.absolute().name}-{number}"
-        return Storage.at(storage_below(self.folder, self.base, label))
+        return storage_below(self.folder, self.base, label)
 
     def _readdress(self, path: Path, number: int, is_elsewhere: bool) -> None:
         """Write into a kept run.json where that run is now, for export, doctor and a resume."""
@@ -108,8 +108,7 @@ class Replaced:
         job = record["job"] | {"output_dir": str(path.parent)}
         if is_elsewhere:
             job["ray_run_name"] = job.get("ray_run_name") or self.folder.absolute().name
-            label = f"{PREVIOUS}/{self.folder.absolute().name}-{number}"
-            job["ray_storage_path"] = storage_below(self.folder, self.base, label)
+            job["ray_storage_path"] = self._kept(number)
         Storage.at(str(path.parent)).write_json(path.name, {**record, "job": job})
 
     def _readdress_base(self, path: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels of float8_cast: one read of a tile, one write per layout."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,12 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     tl.store(transposed + offsets_t, tl.trans(byte), mask=inside_t)
 
 
+def grid(source: Tensor) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    """Return how many programs of a tile's size a matrix takes, by its columns and rows."""
+    rows, columns = source.shape
+    return lambda tile: (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
+
+
 def launch(source: Tensor, scale: Tensor, plain: Tensor | None, transposed: Tensor) -> None:
     """Write the cast of `source` into `plain`, if wanted, and into `transposed`."""
     rows, columns = source.shape
@@ -86,11 +92,7 @@ def launch(source: Tensor, scale: Tensor, plain: Tensor | None, transposed: Tens
         launch_plain(source, scale, whole)
         launch_transpose(whole, transposed)
         return
-
-    def grid(tile: dict[str, Any]) -> tuple[int, int]:
-        return (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
-
-    _cast[grid](
+    _cast[grid(source)](
         source.contiguous(),
         scale,
         (transposed if plain is None else plain).view(torch.uint8),
@@ -158,11 +160,7 @@ def _transpose(  # type: ignore[no-untyped-def] # its arguments are not Python v
 def launch_transpose(source: Tensor, target: Tensor) -> None:
     """Write the transpose of a matrix of bytes, [rows, columns], into `target`."""
     rows, columns = source.shape
-
-    def grid(tile: dict[str, Any]) -> tuple[int, int]:
-        return (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
-
-    _transpose[grid](
+    _transpose[grid(source)](
         source.contiguous().view(torch.uint8),
         target.view(torch.uint8),
         rows,

@@ -1,6 +1,5 @@
 """The Triton kernels of row_cast: one read finds the largest of rows and columns, one casts."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raytrain_adv.ops.float8.cast_kernel import TILES, TRIED, only, quick, size_class, to_bytes
+from raytrain_adv.ops.float8.cast_kernel import (
+    TILES,
+    TRIED,
+    grid,
+    only,
+    quick,
+    size_class,
+    to_bytes,
+)
 from raytrain_adv.ops.float8.row_cast import Layout, cast_on_gpu, define
 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # the bits of a float32 without its sign
@@ -133,20 +140,15 @@ def launch(source: Tensor, plain: Layout | None, turned: Layout | None) -> None:
         return
     largest = source.new_zeros(rows + columns, dtype=torch.int32)
     inputs, options = (source, largest[:rows], largest[rows:]), _options(source, plain, turned)
-    _find_largest[_grid(source)](*inputs, rows, columns, **options)
+    _find_largest[grid(source)](*inputs, rows, columns, **options)
     layouts = (plain or turned or (), turned or ())  # a kernel leaves what it is not to write
     targets = [part for values, by in layouts for part in (values.view(torch.uint8), by)]
-    _cast_rows[_grid(source)](*inputs, *targets, rows, columns, **options)
+    _cast_rows[grid(source)](*inputs, *targets, rows, columns, **options)
 
 
 def _options(source: Tensor, plain: Layout | None, turned: Layout | None) -> dict[str, Any]:
     classes = map(size_class, source.shape)
     return dict(zip(SIZES, (*classes, plain is not None, turned is not None), strict=True))
-
-
-def _grid(source: Tensor) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    rows, columns = source.shape
-    return lambda tile: (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
 
 
 def wrong_casts(source_dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -2,9 +2,8 @@
 
 import gc
 import json
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load as load_job
 from raytrain_adv.data.batches.sequences import SequenceSet
 from raytrain_adv.data.prepare import prepare
-from raytrain_adv.driver.commands.export import job_of
 from raytrain_adv.driver.commands.use.generate import answer_all
 from raytrain_adv.driver.commands.use.harness import Harness
-from raytrain_adv.driver.commands.use.load import Loaded, device_named, load, short
+from raytrain_adv.driver.commands.use.load import Loaded, device_named, job_from, load, short
 from raytrain_adv.driver.commands.use.measures import (
     Figure,
     Rows,
@@ -36,6 +34,7 @@ from raytrain_adv.driver.commands.use.prompts import PromptRow, read_prompts
 from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.driver.commands.use.source import Source, find
 from raytrain_adv.errors import JobError
+from raytrain_adv.ops.loss import perplexity
 from raytrain_adv.storage.atomic import write_atomic
 from raytrain_adv.storage.metrics_file import FILE_NAME, best_step, read
 from raytrain_adv.storage.storage import storage_errors
@@ -109,11 +108,6 @@ def held_out_of(job: JobConfig, is_needed: bool) -> SequenceSet | None:
     return None if found is None else alone(found, job)
 
 
-def job_from(source: Source) -> JobConfig | None:
-    """Return the job of a model's run, without what only matters in training."""
-    return job_of(source.run, source.keys, []) if source.run is not None and source.keys else None
-
-
 def run(
     sources: list[Source], wanted: Wanted, device: torch.device, output: Path, code: bool
 ) -> None:
@@ -151,7 +145,7 @@ def _losses(
     sums, tokens = losses(loaded, job, held_out)
     loss = mean(sums, tokens, firsts.get(LOSS))
     firsts.setdefault(LOSS, sums)
-    value = math.exp(min(loss.value, 700.0))
+    value = perplexity(loss.value)
     error = None if loss.error is None else value * loss.error
     return {LOSS: loss, PERPLEXITY: Figure(value, error, loss.num_rows)}
 
@@ -174,7 +168,7 @@ def _described(
         "folder": str(source.folder.absolute()),
         "form": source.form,
         "device": str(loaded.device),
-        "figures": {name: figure.as_dict() for name, figure in figures.items()},
+        "figures": {name: asdict(figure) for name, figure in figures.items()},
         "loss_in_its_run": own,
         "seconds": round(seconds, 3),
     }

@@ -60,6 +60,11 @@ def short(folder: Path) -> str:
     return "/".join(folder.parts[-2:])
 
 
+def job_from(source: Source) -> JobConfig | None:
+    """Return the job of a model's run, without what only matters in training."""
+    return job_of(source.run, source.keys, []) if source.run is not None and source.keys else None
+
+
 def device_named(name: str) -> torch.device:
     """Return the device to compute on; auto takes a GPU if there is one. Raises JobError."""
     has_gpu = torch.cuda.is_available()
@@ -74,7 +79,7 @@ def load(source: Source, device: torch.device, template: str, runs_code: bool) -
     Raises JobError if its files cannot be read here, with what to do; TrainingError if they are not
     a whole model.
     """
-    job = job_of(source.run, source.keys, []) if source.run is not None and source.keys else None
+    job = job_from(source)
     runs_code |= job is not None and job.model.trust_remote_code
     tokenizer = _tokenizer(source.folder, runs_code)
     if template:

@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ class Figure:
     num_rows: int
     difference: float | None = None
     difference_error: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON types."""
-        return asdict(self)
 
 
 def mean(sums: Rows, weights: Rows, first: Rows | None = None) -> Figure:
