@@ -120,6 +120,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def split_names(given: str | Sequence[str] | None) -> list[str]:
+    """Return the names of a key that takes them comma-separated or as a list."""
+    several = given.split(",") if isinstance(given, str) else given or ()
+    return [name.strip() for name in several if name.strip()]
+
+
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the most similar of the names, or None; `cutoff` is the least similarity, 0 to 1."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)

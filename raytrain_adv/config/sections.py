@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.section import Names, PathText, Section, Text, expand
 from raytrain_adv.config.templates import Template
+from raytrain_adv.text import split_names
 
 LARGEST = 2**31 - 1
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -150,8 +151,7 @@ class DataConfig(Section):
             fix = "set mix_strategy: interleave_under, or delete it"
             yield Problem("datasets are not interleaved", fix, f"{key} and mix_strategy")
         for name in ("dataset", "eval_dataset"):
-            given = getattr(self, name)
-            count = len(given.split(",") if isinstance(given, str) else given or ())
+            count = len(split_names(getattr(self, name)))
             if shares is not None and count > 1 and len(shares) != count:
                 text = f"{len(shares)} shares for {count} datasets"
                 yield Problem(text, "give one for each", f"{key} and {name}")

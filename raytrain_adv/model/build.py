@@ -17,8 +17,9 @@ from raytrain_adv.model.files import check_weights
 from raytrain_adv.model.sequence_parallel import refuse_unsplittable
 from raytrain_adv.model.towers import is_multimodal, model_class, take_out_towers, towers
 from raytrain_adv.model.vocabulary import resize
+from raytrain_adv.text import split_names
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.modules import did_you_mean, patterns
+from raytrain_adv.transforms.modules import did_you_mean
 
 
 def build(job: JobConfig) -> PreTrainedModel:
@@ -173,8 +174,8 @@ def freeze(model: PreTrainedModel, train: TrainConfig) -> None:
     places = {name: _LAYER.search(name) for name in parameters}
     inner = sorted({place[2] for place in places.values() if place})
     outer = sorted({name.split(".")[-2] for name, place in places.items() if not place})
-    modules = patterns(train.freeze_trainable_modules)
-    extra = patterns(train.freeze_extra_modules or [])
+    modules = split_names(train.freeze_trainable_modules)
+    extra = split_names(train.freeze_extra_modules)
     for key, named, known in (
         ("freeze_trainable_modules", [m for m in modules if m != "all"], inner),
         ("freeze_extra_modules", extra, outer),

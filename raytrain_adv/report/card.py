@@ -1,7 +1,6 @@
 """The model card of an exported folder: README.md, in the form that the Hugging Face Hub reads."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from raytrain_adv import __version__
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.model.files import looks_like_hub_name
 from raytrain_adv.ops.fake_quant.targets import stored_as
+from raytrain_adv.ops.loss import perplexity
 from raytrain_adv.redaction import hide_environment, redact
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.atomic import write_atomic
 from raytrain_adv.storage.storage import storage_errors
+from raytrain_adv.text import split_names
 
 FILE_NAME = "README.md"
 OF_MACHINES = (
@@ -119,7 +120,7 @@ def _figures(folder: Path, job: JobConfig, report: RunReport) -> Iterator[tuple[
         loss = losses[-1] if losses else None
     if loss is not None:
         yield "held-out loss", loss
-        yield "held-out perplexity", math.exp(min(loss, 700.0))
+        yield "held-out perplexity", perplexity(loss)
     if is_converted and report.comparison:
         yield "difference from training", report.comparison
     if report.device is not None:
@@ -216,9 +217,7 @@ def _is_on_hub(name: str) -> bool:
 
 def _dataset_names(job: JobConfig) -> list[str]:
     """Return the datasets; of files their names alone, without the folders of a machine."""
-    given = job.data.dataset
-    names = given.split(",") if isinstance(given, str) else given or []
-    plain = [name.strip() for name in names if name.strip() != "none"]
+    plain = [name for name in split_names(job.data.dataset) if name != "none"]
     return [name if _is_on_hub(name) else Path(name).name for name in plain]
 
 

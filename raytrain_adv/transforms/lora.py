@@ -10,11 +10,11 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.text import split_names
 from raytrain_adv.transforms.modules import (
     ROUTES,
     class_name,
     output_head,
-    patterns,
     short,
 )
 from raytrain_adv.transforms.targets import (
@@ -123,8 +123,7 @@ class Lora(Transform):
     @property
     def folders(self) -> list[str]:
         """Folders of the adapters that are merged, and of the one that is continued."""
-        given = self.adapter_name_or_path or []
-        return [one.strip() for one in given.split(",")] if isinstance(given, str) else given
+        return split_names(self.adapter_name_or_path)
 
     @property
     def changes_base(self) -> bool:
@@ -158,7 +157,7 @@ class Lora(Transform):
     @property
     def targets(self) -> list[str]:
         """The names in lora_target, or oft_target, as a list."""
-        return patterns(self.oft_target if self.is_oft else self.lora_target)
+        return split_names(self.oft_target if self.is_oft else self.lora_target)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of the other kind of adapters, and starts that exclude each other."""

@@ -14,7 +14,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import plural
+from raytrain_adv.text import plural, split_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ def nothing_changed(
 def _excluded(key: str, value: str | list[str], fqns: list[str]) -> frozenset[str]:
     """Return the modules that the value of a job key excludes; refuse a pattern without any."""
     found: set[str] = set()
-    for pattern in patterns(value):
+    for pattern in split_names(value):
         matched = {fqn for fqn in fqns if matches(pattern, own_name(fqn))}
         if not matched:
             known = sorted({short(own_name(fqn)) for fqn in fqns})
@@ -295,12 +295,6 @@ def is_tied(model: nn.Module) -> bool:
 def in_adapter(fqn: str) -> bool:
     """Whether a module or parameter is (in) an adapter, by its name."""
     return "lora_" in fqn or "oft_" in fqn
-
-
-def patterns(given: str | list[str]) -> list[str]:
-    """Return the names and patterns of a key that takes them comma separated or as a list."""
-    several = given.split(",") if isinstance(given, str) else given
-    return [pattern.strip() for pattern in several if pattern.strip()]
 
 
 def own_name(fqn: str) -> str:

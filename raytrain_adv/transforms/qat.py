@@ -31,6 +31,7 @@ from raytrain_adv.ops.fake_quant.torchao_config import (
     config_of,
     refuse_odd_groups,
 )
+from raytrain_adv.text import split_names
 from raytrain_adv.transforms.modules import (
     class_name,
     fqn_of,
@@ -39,7 +40,6 @@ from raytrain_adv.transforms.modules import (
     lost_parts,
     nothing_changed,
     own_name,
-    patterns,
     plan_linears,
     short,
     why_no_linears,
@@ -372,7 +372,8 @@ class Qat(Switchable):
     @property
     def exact_with(self) -> frozenset[str]:
         """LoRA; and FP8 if QAT rounds every linear: what QAT skips is evaluated in FP8."""
-        return frozenset({self.name, "lora"} | (set() if patterns(self.qat_exclude) else {"fp8"}))
+        also = () if split_names(self.qat_exclude) else ("fp8",)
+        return frozenset({self.name, "lora", *also})
 
     def layer_config(self, activation_dtype: str) -> Any:
         """Return the layout's configuration of layers with inputs of this dtype, empty for any."""

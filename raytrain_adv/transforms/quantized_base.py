@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.text import GIB, disk, of_error
+from raytrain_adv.text import GIB, disk, of_error, split_names
 from raytrain_adv.transforms.modules import (
     IN_FULL,
     LINEAR,
@@ -166,8 +166,7 @@ class QuantizedBase(Transform):
             text = "scales of several tokens would be those of a tile"
             fix = "set quantization_products: dequantized, or tiled_mlp: false"
             yield Problem(text, fix, "quantization_type and tiled_mlp")
-        adapters = job.flat()["adapter_name_or_path"]
-        if len(adapters.split(",") if isinstance(adapters, str) else adapters or ()) > 1:
+        if len(split_names(job.flat()["adapter_name_or_path"])) > 1:
             text = "all but the last adapter are merged, into weights that are not quantized"
             keys = "quantization_bit and adapter_name_or_path"
             yield Problem(text, "name one adapter, or delete quantization_bit", keys)

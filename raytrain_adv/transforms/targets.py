@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import parse_json
+from raytrain_adv.text import parse_json, split_names
 from raytrain_adv.transforms.modules import (
     READ,
     UNKNOWN_EXPERTS,
@@ -20,7 +20,6 @@ from raytrain_adv.transforms.modules import (
     is_tied,
     lost_parts,
     output_head,
-    patterns,
     short,
 )
 
@@ -241,8 +240,8 @@ def check_continued(
     config = _read_config(folder)
     theirs = {name: config.get(name, False) for name in ours}
     wrong = {key: theirs[n] for n, (key, value) in ours.items() if theirs[n] != value}
-    targets = patterns(config.get("target_modules") or [])
-    weights = patterns(config.get("target_parameters") or [])  # linears that PEFT names so
+    targets = split_names(config.get("target_modules"))
+    weights = split_names(config.get("target_parameters"))  # linears that PEFT names so
     targets += [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     if {fqn for fqn in adapted if any(names(target, fqn) for target in targets)} != adapted:
         wrong[target_key] = ",".join(sorted(targets))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.section import Names
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import listed
+from raytrain_adv.text import listed, split_names
 from raytrain_adv.transforms.modules import (
     IN_FULL,
     class_name,
@@ -20,7 +20,6 @@ from raytrain_adv.transforms.modules import (
     matches,
     output_head,
     own_name,
-    patterns,
     short,
     token_tables,
 )
@@ -59,12 +58,12 @@ class Vocabulary(Transform):
     @property
     def words(self) -> tuple[str, ...]:
         """The names in add_tokens."""
-        return tuple(patterns(self.add_tokens or []))
+        return tuple(split_names(self.add_tokens))
 
     @property
     def special(self) -> tuple[str, ...]:
         """The names in add_special_tokens."""
-        return tuple(patterns(self.add_special_tokens or []))
+        return tuple(split_names(self.add_special_tokens))
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse new tokens without rows, and tokens that are named twice."""
@@ -115,7 +114,7 @@ class Vocabulary(Transform):
     def _chosen(self, model: nn.Module, named: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Return the modules of additional_target, or the tables, by name."""
         tables = [t for t in (input_embedding(model), output_head(model)) if t is not None]
-        targets = patterns(self.additional_target or [])
+        targets = split_names(self.additional_target)
         chosen = {f: m for f, m in named.items() if any(matches(t, f) for t in targets)}
         for target in targets:
             if not any(matches(target, fqn) for fqn in chosen):

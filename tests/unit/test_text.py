@@ -4,12 +4,18 @@ import pytest
 import yaml
 
 from raytrain_adv import text
-from raytrain_adv.text import as_yaml, ascii_name, clean, first_line, listed, nearest
+from raytrain_adv.text import as_yaml, ascii_name, clean, first_line, listed, nearest, split_names
 
 
 def test_a_long_list_shows_how_many_more_there_are():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(n) for n in range(1007)]) == "0, 1, 2, 3, 4 and 1,002 more"
+
+
+@pytest.mark.parametrize("given", ["a,b", " a , b, ", ["a ", "", "b"]])
+def test_names_are_the_same_with_commas_and_in_a_list(given):
+    assert split_names(given) == ["a", "b"]
+    assert split_names(None) == split_names("") == []
 
 
 def test_the_nearest_name_is_found_and_a_far_one_is_not():

@@ -11,7 +11,7 @@ from raytrain_adv import hub
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.read import v1
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import nearest, parse_json, plural
+from raytrain_adv.text import nearest, parse_json, plural, split_names
 
 REMOTE = "REMOTE:"
 """Beginning of a dataset_dir that is a dataset on the Hub."""
@@ -63,8 +63,6 @@ def resolve(
     Raises JobError for a name that is nowhere to be found, or an entry with a key that cannot be
     honored.
     """
-    listed = names.split(",") if isinstance(names, str) else list(names or [])
-    wanted = [name.strip() for name in listed if name.strip()]
     folder = data.dataset_dir
     if folder.startswith(REMOTE):
         folder = str(_fetch(folder.removeprefix(REMOTE)))
@@ -72,7 +70,7 @@ def resolve(
         fix = "write Hub datasets as owner/name under dataset, and make dataset_dir a folder"
         raise JobError("dataset_dir must be a folder", f"dataset_dir: {folder}", fix)
     info = _read_info(Path(folder))
-    return [_resolve_one(name, info, Path(folder), key, source) for name in wanted]
+    return [_resolve_one(name, info, Path(folder), key, source) for name in split_names(names)]
 
 
 def _fetch(name: str) -> Path:

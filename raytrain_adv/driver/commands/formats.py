@@ -6,6 +6,7 @@ import click
 
 from raytrain_adv.config.problems import command_error
 from raytrain_adv.ops.fake_quant.targets import TARGETS
+from raytrain_adv.text import split_names
 
 
 @click.command("export")
@@ -33,7 +34,7 @@ def export_command(
         named = f"{len(folders)} folders are named: {', '.join(folders)}"
         fix = "name one: a run's output_dir or a model folder"
         raise command_error(named if folders else "no folder", fix)
-    names = [name.strip() for name in formats.split(",") if name.strip()]
+    names = split_names(formats)
     _check(names, output, merge)
     from raytrain_adv.driver.commands.export import refuse_unwritable, run
 

@@ -13,6 +13,7 @@ from raytrain_adv.data.read.sources import open_source
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.datasets import TokenizedDatasets
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.text import split_names
 
 Say = Callable[[str], None]
 
@@ -54,10 +55,8 @@ def measure(job: JobConfig, say: Say) -> DataSummary:
     if sum(num_rows) <= COUNTED or _is_cached(job, entries):
         return summarize(prepare(job, say))
     say(f"about {sum(num_rows):,} rows: estimated from the first {SAMPLE:,} of each dataset")
-    names = job.data.dataset or []
-    names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
     with tempfile.TemporaryDirectory() as folder:
-        samples = [_sample(job, name, folder, say) for name in names]
+        samples = [_sample(job, name, folder, say) for name in split_names(job.data.dataset)]
     return _split(job, _join(samples, num_rows))
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from raytrain_adv.driver.commands.use.load import Loaded
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import first_line, of_error
+from raytrain_adv.text import first_line, of_error, split_names
 
 PACKAGE = "lm_eval"
 
@@ -26,7 +26,7 @@ class Harness:
             raise JobError("--tasks needs lm-evaluation-harness", f"there is no {PACKAGE}", fix)
         from lm_eval.tasks import TaskManager
 
-        given = [one.strip() for one in tasks.split(",") if one.strip()]
+        given = split_names(tasks)
         files = [Path(one) for one in given if one.endswith((".yaml", ".yml"))]
         for file in files:
             if not file.is_file():
