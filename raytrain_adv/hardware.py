@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +32,8 @@ class HardwareFacts:
     """Major and minor compute capability of the GPU; None on CPU."""
     device_memory_bytes: int  # memory of the GPU, or on CPU the host memory this process may use
     num_gpus: int  # GPUs that this process sees on the node
-    driver_version: str | None  # NVIDIA driver; None without one
     cuda_version: str | None
     """CUDA version that PyTorch was built for; None for a build without CUDA."""
-    hostname: str  # name of the node
     node_ip: str  # address of the node in its network
     host_memory_bytes: int
     """Main memory of the node, or the container's limit where that is smaller."""
@@ -78,9 +75,7 @@ def detect(device: torch.device | str | None = None) -> HardwareFacts:
         compute_capability=capability,
         device_memory_bytes=memory,
         num_gpus=torch.cuda.device_count(),
-        driver_version=_driver_version() if torch.cuda.is_available() else None,
         cuda_version=torch.version.cuda,
-        hostname=socket.gethostname(),
         node_ip=_node_ip(),
         host_memory_bytes=host_memory,
         num_cores=probe_script.num_cores(),
@@ -104,19 +99,6 @@ def _processor_name() -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
-def _driver_version() -> str | None:
-    path = Path("/proc/driver/nvidia/version")
-    text = path.read_text() if path.is_file() else ""
-    if found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text):
-        return found.group(1)
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None  # a container without nvidia-smi still computes
-    return next(iter(answer.stdout.split()), None)
-
-
 def _node_ip() -> str:
     """Return the address this node would send from; connecting a UDP socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -127,53 +109,38 @@ def _node_ip() -> str:
         return str(probe.getsockname()[0])
 
 
-@dataclass(frozen=True)
-class Peak:
-    """A GPU's peak rate for dense matrix products."""
-
-    value: float  # FLOP/s, without sparsity
-    source: str  # where the value is published
-
-
-_H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet"
-_H200_SHEET = "NVIDIA H200 Tensor Core GPU datasheet"
-_ADA_PAPER = "NVIDIA Ada GPU Architecture whitepaper"
-
-# Pattern of the device's name, dense TFLOP/s in bf16 with float32 accumulation, source. The
-# first match counts: special forms come first. Rates with 2:4 sparsity only are halved.
-_PEAKS: tuple[tuple[str, float, str], ...] = (
-    (r"\bH100 PCIe\b", 756.5, f"{_H100_SHEET} (PCIe)"),
-    (r"\bH100 NVL\b", 835.5, f"{_H100_SHEET} (NVL)"),
-    (r"\bH100\b", 989.4, f"{_H100_SHEET} (SXM)"),
-    (r"\bH200 NVL\b", 835.5, f"{_H200_SHEET} (NVL)"),
-    (r"\bGH200\b", 989.4, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
-    (r"\bH200\b", 989.4, f"{_H200_SHEET} (SXM)"),
-    (r"\bH800 PCIe\b", 756.5, "NVIDIA H800 datasheet (PCIe)"),
-    (r"\bH800\b", 989.4, "NVIDIA H800 datasheet (SXM)"),
-    (r"\bH20\b", 148.0, "NVIDIA H20 datasheet"),
-    (r"\bGB200\b", 2500.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
-    (r"\bB200\b", 2250.0, "NVIDIA HGX B200 datasheet (per GPU)"),
-    (r"\bB100\b", 1750.0, "NVIDIA HGX B100 datasheet (per GPU)"),
-    (r"\bA100\b", 312.0, "NVIDIA A100 Tensor Core GPU datasheet"),
-    (r"\bA800\b", 312.0, "NVIDIA A800 datasheet"),
-    (r"\bA30\b", 165.0, "NVIDIA A30 datasheet"),
-    (r"\bA40\b", 149.7, "NVIDIA A40 datasheet"),
-    (r"\bA10\b", 125.0, "NVIDIA A10 datasheet"),
-    (r"\bL40S\b", 362.1, "NVIDIA L40S datasheet"),
-    (r"\bL40\b", 181.1, "NVIDIA L40 datasheet"),
-    (r"\bL4\b", 121.0, "NVIDIA L4 datasheet"),
-    (r"\bRTX 4090$", 165.2, f"{_ADA_PAPER} (GeForce RTX 4090)"),
-    (r"\bRTX 3090$", 71.0, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
+# Pattern of the device's name, and dense TFLOP/s in bf16 with float32 accumulation, with their
+# source. The first match counts: special forms come first. Rates with 2:4 sparsity only are halved.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    (r"\bH100 PCIe\b", 756.5),  # NVIDIA H100 Tensor Core GPU datasheet (PCIe)
+    (r"\bH100 NVL\b", 835.5),  # NVIDIA H100 Tensor Core GPU datasheet (NVL)
+    (r"\bH100\b", 989.4),  # NVIDIA H100 Tensor Core GPU datasheet (SXM)
+    (r"\bH200 NVL\b", 835.5),  # NVIDIA H200 Tensor Core GPU datasheet (NVL)
+    (r"\bGH200\b", 989.4),  # NVIDIA GH200 Grace Hopper Superchip datasheet
+    (r"\bH200\b", 989.4),  # NVIDIA H200 Tensor Core GPU datasheet (SXM)
+    (r"\bH800 PCIe\b", 756.5),  # NVIDIA H800 datasheet (PCIe)
+    (r"\bH800\b", 989.4),  # NVIDIA H800 datasheet (SXM)
+    (r"\bH20\b", 148.0),  # NVIDIA H20 datasheet
+    (r"\bGB200\b", 2500.0),  # NVIDIA GB200 NVL72 datasheet (per GPU)
+    (r"\bB200\b", 2250.0),  # NVIDIA HGX B200 datasheet (per GPU)
+    (r"\bB100\b", 1750.0),  # NVIDIA HGX B100 datasheet (per GPU)
+    (r"\bA100\b", 312.0),  # NVIDIA A100 Tensor Core GPU datasheet
+    (r"\bA800\b", 312.0),  # NVIDIA A800 datasheet
+    (r"\bA30\b", 165.0),  # NVIDIA A30 datasheet
+    (r"\bA40\b", 149.7),  # NVIDIA A40 datasheet
+    (r"\bA10\b", 125.0),  # NVIDIA A10 datasheet
+    (r"\bL40S\b", 362.1),  # NVIDIA L40S datasheet
+    (r"\bL40\b", 181.1),  # NVIDIA L40 datasheet
+    (r"\bL4\b", 121.0),  # NVIDIA L4 datasheet
+    (r"\bRTX 4090$", 165.2),  # NVIDIA Ada GPU Architecture whitepaper (GeForce RTX 4090)
+    (r"\bRTX 3090$", 71.0),  # NVIDIA GA102 whitepaper (GeForce RTX 3090)
 )
 
 
-def peak_flops(gpu_name: str) -> Peak | None:
-    """Return the GPU's published dense peak in bf16; None if unknown, as for a CPU or a MIG slice.
-    MFU is always the share of this peak, also of a run in FP8.
+def peak_flops(gpu_name: str) -> float | None:
+    """Return the FLOP/s of the GPU's published dense peak in bf16; None if unknown, as for a CPU or
+    a MIG slice. MFU is always the share of this peak, also of a run in FP8.
     """
     if "MIG" in gpu_name:
         return None
-    for pattern, bf16, source in _PEAKS:
-        if re.search(pattern, gpu_name):
-            return Peak(bf16 * 1e12, source)
-    return None
+    return next((bf16 * 1e12 for pattern, bf16 in _PEAKS if re.search(pattern, gpu_name)), None)

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import socket
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -178,7 +177,6 @@ def reading(packages: list[str]) -> dict[str, object]:
     own_version, code = own_package()
     return {
         **gpus_by_nvml(),
-        "hostname": socket.gethostname(),
         "cuda_version": variable(origin("torch").with_name("version.py"), "cuda"),
         "num_cores": num_cores(),
         **host_memory(),

@@ -27,7 +27,6 @@ def node_with(
         gpu_error="" if gpus else "NVML: NVML Shared Library Not Found",
         driver_version="580.95.05" if gpus else None,
         cuda_version="13.0" if gpus else None,
-        hostname="node",
         num_cores=8,
         host_memory_bytes=512 * GIB,
         host_free_bytes=500 * GIB,

@@ -124,7 +124,7 @@ def figures(row: dict[str, Any], tokens: int, flops: float) -> dict[str, Any]:
         return row
     rate = tokens / row["step_s"]
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
-    return {**row, "tokens_s": rate, "mfu_bf16": rate * flops / peak.value if peak else None}
+    return {**row, "tokens_s": rate, "mfu_bf16": rate * flops / peak if peak else None}
 
 
 def show(name: str, row: dict[str, Any]) -> None:

@@ -208,7 +208,7 @@ def compute_seconds(
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
     peak = next(filter(None, (peak_flops(name) for name in (gpu, "H100"))))
     copies = (moved.gathered + moved.reduced) / COPIED_B_S
-    return tokens * flops_per_token / (peak.value * mfu) + copies
+    return tokens * flops_per_token / (peak * mfu) + copies
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,6 @@ class CheckpointFiles:
         self._instead: dict[str, Callable[[Region | None], torch.Tensor]] = {}
         self.bytes_read = 0
         """Bytes of tensor data this process has read so far."""
-        self.largest_read = 0
-        """Bytes of the largest piece read at once: host memory that loading needs."""
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -150,9 +148,7 @@ class CheckpointFiles:
         handle = self._handles[name]
         # Slices of rank-0 tensors are not supported by safetensors.
         tensor: torch.Tensor = handle.get_slice(name)[region] if region else handle.get_tensor(name)
-        size = tensor.numel() * tensor.element_size()
-        self.bytes_read += size
-        self.largest_read = max(self.largest_read, size)
+        self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def __enter__(self) -> Self:
@@ -212,6 +208,6 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
         raise JobError(
             f"{folder} lacks files that its index names",
             f"{len(absent)} of {len(files)} are missing: {', '.join(absent[:3])}",
-            "copy or download the model folder again",
+            COPY_AGAIN,
         )
     return files

@@ -174,7 +174,7 @@ class Meter:
         """Return the share of the GPU's dense bf16 peak that the model uses; None on CPU."""
         if self.peak is None:
             return None
-        return tokens_per_second * self.flops_per_token / self.peak.value
+        return tokens_per_second * self.flops_per_token / self.peak
 
     def peak_memory_gib(self) -> float:
         """Return the peak of allocated GPU memory so far, with buffers that peers read; on CPU of

@@ -69,7 +69,6 @@ def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class StepBatch:
     """One worker's share of an optimizer step."""
 
-    step: int
     micro_batches: list[MicroBatch]
     num_label_tokens: int
     """Tokens with a loss, over this worker's micro-batches."""
@@ -128,7 +127,7 @@ class Batches:
             for number in range(self.first, self.first + a.accumulation_steps)
         ]
         num_labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        return StepBatch(step, batches, num_labels, sum(batch.num_tokens for batch in batches))
+        return StepBatch(batches, num_labels, sum(batch.num_tokens for batch in batches))
 
     def micro_batch(self, number: int, indices: list[int]) -> MicroBatch:
         """Return the sequences of these indices as padded tensors."""

@@ -58,7 +58,6 @@ class Reading:
     gpu_error: str = ""  # NVML's message if it found no GPUs
     driver_version: str | None = None
     cuda_version: str | None = None  # CUDA version that PyTorch was built for
-    hostname: str = ""
     num_cores: int = 0
     host_memory_bytes: int = 0
     host_free_bytes: int = 0  # available host memory at the time of the probe; 0 if unknown
@@ -80,9 +79,7 @@ class Reading:
             compute_capability=None if gpu is None else gpu.compute_capability,
             device_memory_bytes=self.host_memory_bytes if gpu is None else gpu.total_bytes,
             num_gpus=len(self.gpus),
-            driver_version=self.driver_version,
             cuda_version=self.cuda_version,
-            hostname=self.hostname,
             node_ip=address,
             host_memory_bytes=self.host_memory_bytes,
             num_cores=self.num_cores,

@@ -83,9 +83,6 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
     tests/gpu); memory is read less often.
     """
 
-    keeps_bytes = True
-    """Of its input, for backward."""
-
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad

@@ -160,8 +160,6 @@ class Float8FakeQuantizedLinear(FakeQuantizedLinear):
     In evaluation it is a FakeQuantizedLinear, which computes what the exported model does.
     """
 
-    keeps_bytes = True
-
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         if not self.training:

@@ -37,9 +37,6 @@ class RowwiseLinear(nn.Linear):
     tests/gpu).
     """
 
-    keeps_bytes = True
-    """Of its input, for backward."""
-
     @classmethod
     def from_float(cls, linear: nn.Linear, config: object = None) -> Self:
         """Return one that owns a linear's parameters; `config` is for torchao's classes."""

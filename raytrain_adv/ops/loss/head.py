@@ -29,11 +29,6 @@ class HeadLoss:
     """Whether the weight is multiplied with directly; otherwise the module is called."""
     vocab: int  # logits of a token
 
-    @property
-    def name(self) -> str:
-        """The kernel, and that it calls the module where it does."""
-        return self.kernel if self.reads_weight else f"{self.kernel}, module called"
-
 
 def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
     """Make the head return the summed loss if it is given labels, and the model pass them on.

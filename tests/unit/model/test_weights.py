@@ -72,7 +72,6 @@ def differences_on_ranks(jobs: dict[str, JobConfig]) -> dict[str, Any]:
             "differ": differing(state, reference_state(folder, torch.bfloat16)),
             "tied": tied == bool(model.config.tie_word_embeddings),
             "sharded": all(type(p).__name__ == "DTensor" for p in model.parameters()),
-            "largest": files.largest_read,
             "read": files.bytes_read,
             "held": sum(2 * p.to_local().numel() for p in model.parameters()),
         }

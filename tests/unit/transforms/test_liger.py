@@ -23,7 +23,7 @@ from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is an extra, for Linux alone")
-NODE = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, None, "a", "10.0.0.1", 2**34, 2, {})
+NODE = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, "10.0.0.1", 2**34, 2, {})
 
 
 def model_of(kind, tmp_path, **keys):

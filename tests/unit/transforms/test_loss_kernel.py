@@ -271,7 +271,7 @@ def test_a_head_with_adapters_is_called_and_its_adapters_get_gradients(tmp_path)
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-CPU = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, None, "a", "10.0.0.1", 2**34, 2, {})
+CPU = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, "10.0.0.1", 2**34, 2, {})
 
 
 @pytest.mark.parametrize(("kernel", "package"), sorted(loss_kernel.PACKAGES.items()))
@@ -307,7 +307,7 @@ def test_torch_is_accepted_by_name_and_owns_nothing(job_file):
 
 def test_the_head_reports_what_computes_its_loss(tmp_path):
     _, model, _ = model_of("llama", tmp_path, loss_kernel="chunked")
-    assert loss_of(model.lm_head).name == "chunked"
+    assert loss_of(model.lm_head).kernel == "chunked"
     assert loss_of(model.model.norm) is None
 
 

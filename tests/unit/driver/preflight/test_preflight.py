@@ -325,7 +325,6 @@ def test_readings_survive_json():
             ],
             "gpu_error": "",
             "driver_version": "580.95.05",
-            "hostname": "a",
             "cuda_version": "13.0",
             "num_cores": 8,
             "host_memory_bytes": 1,
