@@ -39,7 +39,7 @@ class Ratio(NamedTuple):
 
 
 STEPS = "bf16", "fp8", "fp8 head", "qat int4", "qat int8", "fp8, qat int4", "lora", "fp8, lora"
-STEPS = *STEPS, "fp8 base"
+STEPS = *STEPS, "fp8 base", "qat w8a8"
 LOSS = "torch", "chunked"
 VARIANTS = {name: "whole" for name in STEPS} | {name: "loss" for name in LOSS}
 VARIANTS |= {"135m bf16": "small", "HF Trainer": "hf_trainer"}
@@ -50,6 +50,7 @@ RATIOS = {
     "FP8 head": Ratio("fp8 head", "fp8"),
     "QAT int4": Ratio("qat int4", "bf16"),
     "QAT int8": Ratio("qat int8", "bf16"),
+    "QAT for vLLM's W8A8": Ratio("qat w8a8", "bf16"),
     "QAT int4, memory": Ratio("qat int4", "bf16", "peak_gib"),
     "FP8 and QAT int4": Ratio("fp8, qat int4", "bf16"),
     "FP8 of LoRA": Ratio("fp8, lora", "lora"),

@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8 head": {**FP8, "fp8_lm_head": True},
     "qat int4": INT4,
     "qat int8": INT8,
+    "qat w8a8": {"enable_qat": True, "qat_target": "vllm-w8a8-int8"},
+    "qat fp8": {"enable_qat": True, "qat_target": "vllm-fp8"},
     "fp8, qat int4": {**FP8, **INT4},
     "fp8, qat int4 per channel": {**FP8, **PER_CHANNEL},
     "fp8, qat int8": {**FP8, **INT8},

@@ -89,10 +89,23 @@ ROUNDED: dict[str, Callable[[torch.Tensor], Any]] = {
 def test_a_cpu_rounds_what_a_gpu_trained_to_the_same_bits(name: str, dtype: torch.dtype) -> None:
     """What was trained on a GPU may be exported where there is none."""
     weight = 0.02 * torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    weight[:3] = torch.tensor([0.0, 1e-11, 1e3])[:, None] * weight[:3]
     weight = weight.to(dtype)
     here, there = ROUNDED[name](weight), ROUNDED[name](weight.to(GPU))
     for own, other in zip(here, there, strict=True):
         assert torch.equal(own, other.cpu())
+
+
+@pytest.mark.parametrize("size", [64, 100, 14336, 28672, 53248])
+@pytest.mark.parametrize("name", [name for name in ROUNDED if "rows" in name or "tokens" in name])
+def test_rows_of_any_size_are_rounded_alike_and_hide_no_nan(name: str, size: int) -> None:
+    x = torch.randn(17, size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for own, other in zip(ROUNDED[name](x), ROUNDED[name](x.to(GPU)), strict=True):
+        assert torch.equal(own, other.cpu())
+    x[3, 7], x[5, 2] = float("nan"), float("inf")
+    of_rows = ROUNDED[name](x.to(GPU))
+    values = of_rows[1] if len(of_rows) > 1 else of_rows[0]
+    assert values.isfinite().all(-1).logical_not().nonzero().flatten().tolist() == [3, 5]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -13,6 +13,8 @@ NVFP4_GLOBAL_SCALE = 512.0
 linear, so that engines which fuse linears lose nothing: group scales are then exact from 3.1e-5 to
 0.87, which is weights up to 5.2.
 """
+LEAST_AMAX = 1e-10
+"""Of an expert's input. Source: vLLM 0.32, per_token_quant_int8."""
 FLOAT4_LARGEST = 6.0
 E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
 
@@ -26,6 +28,12 @@ def quantize_rows(
     Scales are rounded to the weight's dtype, in which transformers holds them; vLLM reads float32.
     Source: compressed-tensors 0.20, calculate_qparams, otherwise in float32.
     """
+    if weight.is_cuda:
+        from raytrain_adv.ops.fake_quant.engine_rounding_kernel import ROWS, launch
+
+        integers, scale = _rows(weight)
+        launch(ROWS, weight, integers, scale, eps=EPS)
+        return integers, scale
     value = weight.to(torch.float32)
     scale = divided(value.abs().amax(dim=-1, keepdim=True).clamp(min=EPS), 127.5)
     scale = scale.to(weight.dtype).to(torch.float32)
@@ -33,7 +41,7 @@ def quantize_rows(
 
 
 @quantize_rows.register_fake
-def _(weight: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(weight: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     scale = weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
     return weight.new_empty(weight.shape, dtype=torch.int8), scale
 
@@ -67,13 +75,17 @@ def quantize_tokens(
     Returns:
         Integers in int8; float32 scales [..., 1]; zero points [..., 1] in int32.
     """
-    return tokens_in_int8(x)
+    if not x.is_cuda:
+        return tokens_in_int8(x)
+    from raytrain_adv.ops.fake_quant.engine_rounding_kernel import TOKENS, launch
+
+    integers, scale, zero_point = _tokens(x)
+    launch(TOKENS, x, integers, scale, zero_point, eps=EPS)
+    return integers, scale, zero_point
 
 
 @quantize_tokens.register_fake
-def _(
-    x: torch.Tensor, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tokens(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ranges = (*x.shape[:-1], 1)
     scale = x.new_empty(ranges, dtype=torch.float32)
     integers = x.new_empty(x.shape, dtype=torch.int8)
@@ -98,8 +110,14 @@ def fake_quantize_inputs_of_experts(
 
     Source: vLLM 0.32, per_token_quant_int8, which experts take whatever config.json has.
     """
+    if x.is_cuda:
+        from raytrain_adv.ops.fake_quant.engine_rounding_kernel import SYMMETRIC_TOKENS, launch
+
+        rounded, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        launch(SYMMETRIC_TOKENS, x, rounded, scale, eps=LEAST_AMAX)
+        return rounded
     value = x.to(torch.float32)
-    amax = value.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10)
+    amax = value.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX)
     integers = torch.round(value * (torch.full_like(amax, 127.0) / amax))
     return (integers * divided(amax, 127.0)).to(x.dtype)
 

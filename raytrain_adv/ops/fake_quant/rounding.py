@@ -148,6 +148,14 @@ def quantize_float8(
     Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS: the scale is
     rounded to x's dtype. `in_float32`: it is not, as in engines.
     """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9):  # has float8
+        from raytrain_adv.ops.fake_quant import engine_rounding_kernel as kernel
+
+        values, scale = _float8(x)
+        form = kernel.FLOAT8 if in_float32 else kernel.FLOAT8_IN_DTYPE
+        eps = float(torch.tensor(EPS, dtype=x.dtype))
+        kernel.launch(form, x, values, scale, eps=eps, least_scale=least_scale)
+        return values, scale
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     amax = amax.to(torch.float32) if in_float32 else amax
     largest = torch.finfo(E4M3).max

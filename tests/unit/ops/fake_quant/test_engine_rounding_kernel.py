@@ -1,0 +1,54 @@
+"""The kernel of engines' roundings in Triton's interpreter: the bits of the formulas for a CPU."""
+
+from tests.processes import interpreted
+
+CHECK = """
+import numpy
+import torch
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.runtime.interpreter import TensorHandle
+
+from raytrain_adv.ops.fake_quant import engine_rounding, rounding
+from raytrain_adv.ops.fake_quant import engine_rounding_kernel as kernel
+
+def rint(x):  # the interpreter has no libdevice
+    return tl.tensor(TensorHandle(numpy.rint(x.handle.data), x.handle.dtype), x.type)
+
+libdevice.rint = rint
+torch.manual_seed(0)
+for size in (64, 100, 576, 4104):
+    x = torch.randn(9, size)
+    x[1], x[2], x[3] = 0, x[2] * 1e-11, x[3] * 1e30
+    x[4], x[5], x[6, 0] = x[4].abs() + 1, -x[5].abs() - 1, 300
+    integers, scale = engine_rounding._rows(x)
+    kernel.launch(kernel.ROWS, x, integers, scale, eps=rounding.EPS)
+    for found, wanted in zip((integers, scale), engine_rounding.quantize_rows(x), strict=True):
+        assert torch.equal(found, wanted), size
+    for of in (x, x.to(torch.bfloat16)):
+        found = engine_rounding._tokens(of)
+        kernel.launch(kernel.TOKENS, of, *found, eps=rounding.EPS)
+        wanted = engine_rounding.quantize_tokens(of)
+        assert all(map(torch.equal, found, wanted)), (size, of.dtype)
+    rounded, scale = torch.empty_like(x), torch.empty(len(x))
+    kernel.launch(kernel.SYMMETRIC_TOKENS, x, rounded, scale, eps=engine_rounding.LEAST_AMAX)
+    assert torch.equal(rounded, engine_rounding.fake_quantize_inputs_of_experts(x)), size
+    values, scale = rounding._float8(x)
+    least = rounding.LEAST_TOKEN_SCALE
+    kernel.launch(kernel.FLOAT8, x, values, scale, eps=rounding.EPS, least_scale=least)
+    wanted = rounding.quantize_float8(x, None, True, least)
+    assert torch.equal(scale, wanted[1]), size
+    # The interpreter carries no mantissa into the exponent of float8.
+    off = (values.float() - wanted[0].float()).abs()
+    assert (off <= wanted[0].float().abs() / 2 + 2**-9).all(), size
+    for form, of in enumerate((integers, integers, rounded, values, values)):
+        broken = x.clone()
+        broken[3, 7], broken[5, 2] = float("nan"), float("inf")
+        zero_point = torch.zeros(len(x), dtype=torch.int32)
+        kernel.launch(form, broken, of, scale, zero_point, eps=rounding.EPS)
+        assert scale.isfinite().flatten().tolist() == [n not in (3, 5) for n in range(9)], form
+"""
+
+
+def test_it_rounds_to_the_same_bits_and_hides_no_nan() -> None:
+    interpreted(CHECK)
