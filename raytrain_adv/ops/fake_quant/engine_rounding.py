@@ -5,7 +5,7 @@ Operations ignore `after`; see rounding.py.
 
 import torch
 
-from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS, divided
+from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS, divided, has_kernel
 from raytrain_adv.ops.fake_quant.targets import BLOCK, FOUR_BIT_FLOATS, MXFP4
 
 NVFP4_GLOBAL_SCALE = 512.0
@@ -160,6 +160,12 @@ def quantize_float8_blocks(
     Scales are rounded to the weight's dtype. Rows and columns are multiples of 128.
     Source: compressed-tensors 0.20, FP8_BLOCK, otherwise in float32.
     """
+    if has_kernel(weight):
+        from raytrain_adv.ops.fake_quant.engine_rounding_kernel import FLOAT8_BLOCKS, launch
+
+        values, scale = _blocks(weight)
+        launch(FLOAT8_BLOCKS, weight, values, scale, eps=EPS)
+        return values, scale
     blocks = _in_blocks(weight)
     scale = divided(blocks.abs().amax(dim=(1, 3)).clamp(min=EPS), E4M3_LARGEST)
     scale = scale.to(weight.dtype).to(torch.float32)
@@ -168,7 +174,7 @@ def quantize_float8_blocks(
 
 
 @quantize_float8_blocks.register_fake
-def _(weight: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(weight: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (weight.shape[0] // BLOCK, weight.shape[1] // BLOCK)
     values = weight.new_empty(weight.shape, dtype=E4M3)
     return values, weight.new_empty(shape, dtype=torch.float32)
@@ -204,6 +210,12 @@ def quantize_float4(
 
     Source: compressed-tensors 0.20, calculate_qparams and generate_mx_scales, in float32.
     """
+    if has_kernel(weight):
+        from raytrain_adv.ops.fake_quant import engine_rounding_kernel as kernel
+
+        values, scale = _float4(weight, form)
+        kernel.launch(kernel.MXFP4 if form == MXFP4 else kernel.NVFP4, weight, values, scale)
+        return values, scale
     groups = weight.to(torch.float32).reshape(weight.shape[0], -1, FOUR_BIT_FLOATS[form])
     amax = groups.abs().amax(dim=-1)
     if form == MXFP4:
@@ -221,9 +233,7 @@ def quantize_float4(
 
 
 @quantize_float4.register_fake
-def _(
-    weight: torch.Tensor, form: str, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _float4(weight: torch.Tensor, form: str, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     scale = weight.new_empty((rows, columns // FOUR_BIT_FLOATS[form]), dtype=torch.float32)
     return weight.new_empty(weight.shape), scale

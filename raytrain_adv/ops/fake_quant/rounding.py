@@ -35,6 +35,11 @@ def divided(x: Tensor, by: float) -> Tensor:
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
+def has_kernel(x: Tensor) -> bool:
+    """Whether a kernel can round a tensor to float8: Triton has it from compute capability 8.9."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
 def _groups(weight: Tensor, bits: int, group_size: int, *_: object) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     return weight.new_empty((rows, columns)), weight.new_empty((rows, columns // group_size))
@@ -148,7 +153,7 @@ def quantize_float8(
     Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS: the scale is
     rounded to x's dtype. `in_float32`: it is not, as in engines.
     """
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9):  # has float8
+    if has_kernel(x):
         from raytrain_adv.ops.fake_quant import engine_rounding_kernel as kernel
 
         values, scale = _float8(x)

@@ -41,9 +41,26 @@ for size in (64, 100, 576, 4104):
     # The interpreter carries no mantissa into the exponent of float8.
     off = (values.float() - wanted[0].float()).abs()
     assert (off <= wanted[0].float().abs() / 2 + 2**-9).all(), size
+    for form in ("mxfp4", "nvfp4"):
+        of = x[:, :64].contiguous()
+        if form == "nvfp4":  # scales that float8 holds exactly
+            of = torch.where(of.abs() > 3, 3.0, of).view(-1, 16) / 512 * 4
+            of[:, 0] = 6 / 512 * 2.0 ** (torch.arange(len(of)) % 5)
+            of = of.view(9, 64)
+        found = engine_rounding._float4(of, form)
+        kernel.launch(kernel.MXFP4 if form == "mxfp4" else kernel.NVFP4, of, *found)
+        wanted = engine_rounding.quantize_float4(of, form)
+        assert all(map(torch.equal, found, wanted)), (size, form)
+    matrix = torch.randn(384, 256) * torch.arange(1, 385)[:, None]
+    found, wanted = engine_rounding._blocks(matrix), engine_rounding.quantize_float8_blocks(matrix)
+    kernel.launch(kernel.FLOAT8_BLOCKS, matrix, *found, eps=rounding.EPS)
+    off = (found[0].float() - wanted[0].float()).abs()
+    assert torch.equal(found[1], wanted[1]) and (off <= wanted[0].float().abs() / 2 + 2**-9).all()
+    none, nowhere = x[:0], torch.empty(0)
+    kernel.launch(kernel.SYMMETRIC_TOKENS, none, none.clone(), nowhere)
+    broken = x.clone()
+    broken[3, 7], broken[5, 2] = float("nan"), float("inf")
     for form, of in enumerate((integers, integers, rounded, values, values)):
-        broken = x.clone()
-        broken[3, 7], broken[5, 2] = float("nan"), float("inf")
         zero_point = torch.zeros(len(x), dtype=torch.int32)
         kernel.launch(form, broken, of, scale, zero_point, eps=rounding.EPS)
         assert scale.isfinite().flatten().tolist() == [n not in (3, 5) for n in range(9)], form
