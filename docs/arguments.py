@@ -55,9 +55,8 @@ def fate(name: str) -> tuple[str, str]:
     owner = next((kind for kind in section_types() if ours in kind.model_fields), None)
     how = list(_mapped(name))
     if owner is not None:
-        sentence = " ".join((owner.model_fields[ours].description or "").split())
         verdict = "same" if ours == name else f"mapped to `{ours}`"
-        return verdict, " ".join([sentence, *how])
+        return verdict, " ".join([owner.sentence(ours), *how])
     if name in SHARDING:
         return "mapped", SPREADS.removeprefix("LLaMA-Factory's key: ")
     if ours in SAME:

@@ -173,8 +173,8 @@ def _section(
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
             key = str(detail["loc"][0])
             if key not in values:
-                sentence = " ".join((kind.model_fields[key].description or "").split())
-                wrong[key] = Problem(f"missing: {sentence}", f"add {key}: ...", key)
+                missing = f"missing: {kind.sentence(key)}"
+                wrong[key] = Problem(missing, f"add {key}: ...", key)
             elif key not in wrong:
                 wrong[key] = _wrong_value(kind, key, values[key])
         right = {key: value for key, value in values.items() if key not in wrong}

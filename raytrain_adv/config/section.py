@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from raytrain_adv.config.problems import Problem
+from raytrain_adv.documented import Documented
 
 if TYPE_CHECKING:
     from raytrain_adv.config.job import JobConfig
@@ -41,13 +42,12 @@ PathText = Annotated[Text, AfterValidator(expand)]
 Names = Text | Annotated[list[Text], Field(min_length=1)]
 
 
-class Section(BaseModel):
+class Section(Documented, BaseModel):
     """A frozen group of job keys. The string under a field documents it, in the schema too."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
     )

@@ -11,16 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.section import Text
+from raytrain_adv.documented import Documented
 from raytrain_adv.text import first_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class KernelEntry(BaseModel):
+class KernelEntry(Documented, BaseModel):
     """One entry of kernel_name, written out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repo: Text | None = None
     """Repository of kernels on the Hub, as kernels-community/activation."""

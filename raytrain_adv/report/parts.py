@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 from pydantic_core import to_jsonable_python
 
+from raytrain_adv.documented import Documented
 from raytrain_adv.redaction import redact, redact_arguments
 from raytrain_adv.transforms.transform import Plan
 
@@ -29,11 +30,11 @@ Seconds = Annotated[float, BeforeValidator(_json)]
 Point = tuple[int, Number]
 
 
-class Record(BaseModel):
+class Record(Documented, BaseModel):
     """A frozen part of the report. The string under a field is its documentation."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
+        frozen=True, extra="forbid", protected_namespaces=(),
         allow_inf_nan=False,
     )  # fmt: skip
 

@@ -183,8 +183,8 @@ def test_every_field_of_the_contract_has_its_sentence():
     lacking = [
         f"{kind.__name__}.{name}"
         for kind in Record.__subclasses__()
-        for name, field in kind.model_fields.items()
-        if not (field.description or "").endswith(".")
+        for name in kind.model_fields
+        if not kind.sentence(name).endswith(".")
     ]
     assert lacking == []
 
