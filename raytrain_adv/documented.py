@@ -39,7 +39,7 @@ class Documented:
 
 
 @cache
-def _strings(kind: type[Documented]) -> dict[str, str]:
+def _strings(kind: type[Any]) -> dict[str, str]:
     """Return the string under each field in the source of a class and of its bases."""
     found = {}
     for owner in reversed(kind.__mro__):
