@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +37,7 @@ class Documented:
         return found
 
 
-@cache
-def _strings(kind: type[Any]) -> dict[str, str]:
+def _strings(kind: type[Documented]) -> dict[str, str]:
     """Return the string under each field in the source of a class and of its bases."""
     found = {}
     for owner in reversed(kind.__mro__):
