@@ -297,7 +297,8 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     """Put a LoRA run's adapter into its converted base's folder.
 
     transformers loads both from a folder that has both, and the adapter in the model's dtype, in
-    which it was trained.
+    which it was trained. vLLM takes all safetensors files for the model's unless an index names
+    those.
 
     Args:
         adapter: the adapter's folder.
@@ -312,4 +313,9 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
     config["modules_to_save"] = None
     write_json(config, folder / ADAPTER_CONFIG)
+    if (model := folder / "model.safetensors").is_file():
+        with safe_open(model, framework="pt") as opened:
+            weight_map = dict.fromkeys(sorted(opened.keys()), model.name)
+        index = {"metadata": {}, "weight_map": weight_map}
+        write_json(index, folder / f"{model.name}.index.json")
     copy_others(adapter, folder)

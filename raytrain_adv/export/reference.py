@@ -41,7 +41,7 @@ REFERENCE = "trained_logprobs.npz"
 """Token ids [tokens], and after each the ids and log-probabilities [tokens, MOST] that training
 computes, with its rounding; and the sha256 of each file of the model."""
 MOST = 64
-FILES = ("config.json", "*.safetensors", "*.gguf")
+FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
 
 Reference = dict[str, Any]
 

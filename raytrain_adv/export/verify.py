@@ -30,7 +30,7 @@ from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.model.towers import model_class
 from raytrain_adv.ops.fake_quant.compressed_tensors import PACKED, read_scheme
 from raytrain_adv.ops.fake_quant.experts import compute_experts
-from raytrain_adv.ops.fake_quant.targets import stored_as
+from raytrain_adv.ops.fake_quant.targets import stored_as, unpacking
 from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
@@ -110,11 +110,13 @@ def read_folder(
     if scheme is not None and (why := _why_experts_are_lost(scheme, folder)):
         fix = "serve it by the engine that it is for, or name the model that was not rounded"
         raise JobError(f"transformers cannot load {folder}", why, fix)
+    config.update(unpacking(folder))
     auto: Any = model_class(config)
     with warnings.catch_warnings(), no_progress_bars():
         warnings.filterwarnings("ignore", message=DEPRECATION)
         found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
             folder,
+            config=config,
             dtype="auto",
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -212,7 +214,10 @@ def compare_converted(
         apart_nats = divergence(wanted, found)
         is_equal = apart_nats <= MOST_KL
         how = f"{input_ids.numel()} tokens on {device}; KL {apart_nats:.2g}, at most {MOST_KL}: "
-        how += "transformers rounds activations in its own order; stored values are training's"
+        rounds = "rounds activations in its own order"
+        if unpacking(folder):
+            rounds = "leaves activations as they are beside an adapter"
+        how += f"transformers {rounds}; stored values are training's"
     if routed.fault or not is_equal:
         kind = Transforms(job).converts
         place = int(apart.nan_to_num(nan=float("inf")).argmax())

@@ -10,7 +10,7 @@ import yaml
 from raytrain_adv import __version__
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.model.files import looks_like_hub_name
-from raytrain_adv.ops.fake_quant.targets import stored_as
+from raytrain_adv.ops.fake_quant.targets import INTEGERS, UNPACKING, stored_as
 from raytrain_adv.ops.loss import perplexity
 from raytrain_adv.redaction import hide_environment, redact
 from raytrain_adv.report.record import RunReport
@@ -173,13 +173,18 @@ def _loading(folder: Path, job: JobConfig, base: str) -> str:
     here = job.hub.hub_model_id or folder.name
     if (folder / "model.gguf").is_file():
         return f"```\nllama-server -m {here}/model.gguf\n```"
-    method = stored_as(_config(folder))[0]
+    method, stored = stored_as(_config(folder))
+    has_adapter = (folder / "adapter_config.json").is_file()
     packages = ["torch", "transformers"]
     packages += [method] if method else []
-    packages += ["peft"] if (folder / "adapter_config.json").is_file() else []
-    code = ", trust_remote_code=True" if job.model.trust_remote_code else ""
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    model = f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto"{code})\n'
+    packages += ["peft"] if has_adapter else []
+    code = how = ", trust_remote_code=True" if job.model.trust_remote_code else ""
+    names = "AutoModelForCausalLM, AutoTokenizer"
+    if has_adapter and method == ENGINES and stored != INTEGERS:
+        how += f", {UNPACKING}"
+        names += ", CompressedTensorsConfig"
+    imports = f"from transformers import {names}\n\n"
+    model = f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto"{how})\n'
     if _is_adapter(folder):
         imports = f"from peft import PeftModel\n{imports}"
         model = (
@@ -198,7 +203,9 @@ def _loading(folder: Path, job: JobConfig, base: str) -> str:
     )
     if _is_adapter(folder):
         served = f"vllm serve {base} --enable-lora --lora-modules {job.run_name}={here}"
-    elif method in ("", ENGINES) and not (folder / "adapter_config.json").is_file():
+    elif method == ENGINES and has_adapter:
+        served = f"vllm serve {here} --enable-lora --lora-modules {job.run_name}={here}"
+    elif method in ("", ENGINES) and not has_adapter:
         served = f"vllm serve {here}"
     else:
         return text

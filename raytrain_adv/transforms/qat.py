@@ -263,7 +263,8 @@ class Qat(Switchable):
         for fqn in changes.keys() - linears.keys():
             stacks = widths_of(model.get_submodule(fqn))
             widths |= {f"{fqn}.{name}": width for name, width in stacks.items()}
-        refuse_odd_groups(self.group_size, widths)
+        taken = {"taken": self.target.group_sizes} if self.qat_target else {}
+        refuse_odd_groups(self.group_size, widths, **taken)
         in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
         experts = sorted(changes.keys() - linears.keys())
         why_none = self.target.no_experts.get(self.activation_dtype) or why_no_linears(model)

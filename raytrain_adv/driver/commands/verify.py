@@ -5,6 +5,7 @@ with those of the model in training.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ def run(folder: Path, engine: str, python: str) -> None:
     if not (folder / REFERENCE).is_file():
         fix = "export it again: float8 activations are compared on a GPU alone"
         raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
+    _refuse_other_format(folder, engine)
     known, most = read_reference(folder), most_divergence(folder)
     if changed := list(changed_files(folder, known)):
         fix = "copy them again from where export wrote them, or export again"
@@ -58,6 +60,19 @@ def run(folder: Path, engine: str, python: str) -> None:
         fix += "and on which processors; else report it with the engine's version"
         what = f"{engine} computes another model than was trained"
         raise TrainingError(what, describe(found, most), fix)
+
+
+def _refuse_other_format(folder: Path, engine: str) -> None:
+    """Raise JobError if the folder is in a format that the engine does not read."""
+    from raytrain_adv.ops.fake_quant.targets import COMPRESSED, GGUF, stored_as
+
+    stored, _ = stored_as(json.loads((folder / "config.json").read_text()))
+    form = GGUF if (folder / "model.gguf").is_file() else stored
+    engines = {GGUF: ["llamacpp"], COMPRESSED: ["vllm", "transformers"]}
+    taken = engines.get(form, [one for one in ENGINES if one != "llamacpp"])
+    if engine not in taken:
+        fix = f"--engine {' or '.join(taken)}; another format: raytrain-adv export --format NAME"
+        raise JobError(f"{engine} does not read {folder}", f"it holds {form} tensors", fix)
 
 
 def describe(found: Agreement, most: float) -> str:
@@ -85,24 +100,35 @@ class Answer:
 
 def ask(folder: Path, engine: str, python: str) -> Answer:
     """Return what an engine answers about the folder's tokens. Raises JobError if it does not."""
-    ran = run_script(f"ask_{engine}.py", folder, python)
+    from raytrain_adv.ops.fake_quant.targets import unpacking
+
+    given = [json.dumps(unpacking(folder))] if engine == "transformers" else []
+    ran = run_script(f"ask_{engine}.py", folder, python, *given)
     marked = [line.partition(" ")[::2] for line in ran.stdout.splitlines()]
     lines = {mark: json.loads(text) for mark, text in marked if mark in ("FOUND", "SPEED")}
     if len(lines) < 2:
-        said = (ran.stderr or ran.stdout).strip() or f"exit status {ran.returncode}"
+        said = (ran.stderr or ran.stdout).strip()
         fix = f"name an interpreter that has it: --python /path/to/{engine}/bin/python"
         if "ModuleNotFoundError" not in said.rpartition("\n")[2]:
             fix = "it started: docs/serve.md names the targets and processors that it takes"
-        raise JobError(f"{engine} did not answer", said[-TAIL:], fix)
+        raised = re.findall(r"^.*\w(?:Error|Exception): .*$", said[:-TAIL], re.MULTILINE)
+        parts = [*(line[:TAIL] for line in raised[-1:]), said[-TAIL:]]
+        parts.append(f"exit status {ran.returncode}")
+        raise JobError(f"{engine} did not answer", "\n".join(parts), fix)
     found = [{int(token): value for token, value in at.items()} for at in lines["FOUND"]]
     return Answer(found, **lines["SPEED"])
 
 
-def run_script(name: str, folder: Path, python: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of export/engines on a folder. Raises JobError if `python` does not start."""
+def run_script(
+    name: str, folder: Path, python: str, *given: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of export/engines on a folder, with more arguments. Raises JobError if `python`
+    does not start.
+    """
     from raytrain_adv.export import engines
 
-    command = [python or sys.executable, str(Path(engines.__file__).parent / name), str(folder)]
+    script = Path(engines.__file__).parent / name
+    command = [python or sys.executable, str(script), str(folder), *given]
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

@@ -1,20 +1,22 @@
 """Print transformers' log-probabilities of a folder's compared tokens."""
 
+import json
 import sys
 
 from answers import NUM_DECODED, answer, asked, top  # type: ignore[import-not-found]  # a script's
 
 
-def main(folder: str) -> None:
-    """Answer for each position but the first."""
+def main(folder: str, changed: str) -> None:
+    """Answer for each position but the first. `changed` are keys of config.json, as JSON."""
     from typing import Any
 
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     known, num = asked(folder)
     tokens = torch.tensor([known])
-    engine: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    config = AutoConfig.from_pretrained(folder, **json.loads(changed))
+    engine: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto")
     engine.eval()
     with torch.no_grad():
         found = top(engine(input_ids=tokens, use_cache=False).logits[0, :-1], num)
@@ -28,4 +30,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

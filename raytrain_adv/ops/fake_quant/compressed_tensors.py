@@ -24,6 +24,7 @@ from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8_ROWS,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
+    INTEGERS,
     MXFP4,
     NVFP4,
 )
@@ -33,7 +34,7 @@ PER_WORD = 8
 """Four-bit integers in an int32."""
 PACKED = "pack-quantized"
 FORMATS = {
-    INT8_IN_FLOAT32: "int-quantized",
+    INT8_IN_FLOAT32: INTEGERS,
     FLOAT8_ROWS: "float-quantized",
     FLOAT8_BLOCKS: "float-quantized",
     NVFP4: "nvfp4-pack-quantized",

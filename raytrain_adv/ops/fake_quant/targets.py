@@ -1,7 +1,9 @@
 """What a quantized model is for: an engine's scheme, the QAT keys it takes, and how it rounds."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from raytrain_adv.errors import JobError
@@ -22,6 +24,12 @@ FLOAT8_BLOCKS, FLOAT8_GROUPS = f"{FLOAT8} blocks", f"{FLOAT8} groups"
 FLOAT8_ROWS = f"{FLOAT8} rows"
 """FLOAT8 whose bias is added before the product is rounded; torchao adds it after."""
 BLOCK = 128
+INTEGERS = "int-quantized"
+"""compressed-tensors' only format whose weights PEFT 0.21 takes next to an adapter: it takes no
+packed ones, and rounds an adapter next to float8 to that. Remove when it does neither."""
+UNPACKING = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+"""How transformers loads the others next to an adapter: it unpacks them, and leaves activations as
+they are."""
 Q8_0, Q4_0 = "q8_0", "q4_0"
 ROUNDED_BY = {
     FLOAT8: "quantize_float8",
@@ -289,3 +297,15 @@ def stored_as(config: Mapping[str, Any]) -> tuple[str, str]:
     """
     stored = config.get("quantization_config") or {}
     return str(stored.get("quant_method") or ""), str(stored.get("format") or "")
+
+
+def unpacking(folder: Path) -> dict[str, Any]:
+    """Return the key of config.json by which transformers unpacks a folder's weights as it loads
+    them, where it has to: see UNPACKING. Empty where it has not.
+    """
+    key, config = "quantization_config", json.loads((folder / "config.json").read_text())
+    method, form = stored_as(config)
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if method != COMPRESSED or form == INTEGERS or not has_adapter:
+        return {}
+    return {key: {**config[key], "dequantize": True}}

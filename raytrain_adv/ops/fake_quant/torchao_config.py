@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
@@ -31,20 +31,23 @@ into one linear find that linear's configuration by; without it they would need 
 """
 
 
-def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
+def refuse_odd_groups(
+    size: int | None, widths: Mapping[str, int], taken: Sequence[int | None] = (*GROUP_SIZES, None)
+) -> None:
     """Refuse a group size that does not divide each layer's input features (`widths`). Raises
-    JobError naming a layer, and the sizes that fit all of them.
+    JobError naming a layer, and the sizes among `taken` that fit all of them.
     """
     odd = {fqn: width for fqn, width in widths.items() if size and width % size}
     if not odd:
         return
     fqn, width = next(iter(odd.items()))
-    fit = [str(n) for n in GROUP_SIZES if all(w % n == 0 for w in widths.values())]
+    fit = [str(n) for n in taken if n and all(w % n == 0 for w in widths.values())]
+    fit += ["null (one scale per channel)"] if None in taken else []
+    sets = f"set qat_group_size: {' or '.join(fit)}, or " if fit else ""
     raise JobError(
         f"qat_group_size: {size} does not divide every layer",
         f"{fqn} has {width} features, and {len(odd) - 1} more do not divide",
-        f"set qat_group_size: {' or '.join([*fit, 'null (one scale per channel)'])}, or leave "
-        "layers out with qat_exclude",
+        f"{sets}leave layers out with qat_exclude",
     )
 
 

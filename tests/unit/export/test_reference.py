@@ -101,6 +101,45 @@ def test_an_engine_that_fails_is_not_called_missing(tmp_path: Path) -> None:
     assert "--python" not in error.value.fix and "no such operator" in error.value.found
 
 
+@pytest.mark.parametrize(
+    ("stored", "engine", "named"),
+    [
+        ("gguf", "transformers", "--engine llamacpp;"),
+        ("compressed-tensors", "executorch", "--engine vllm or transformers;"),
+        ("torchao", "llamacpp", "--engine transformers or vllm or executorch;"),
+    ],
+)
+def test_a_format_that_the_engine_does_not_read_is_named(
+    stored: str, engine: str, named: str, tmp_path: Path
+) -> None:
+    """The engine was started, and its traceback printed."""
+    place = folder(tmp_path, 1.0)
+    if stored == "gguf":
+        (place / "model.gguf").touch()
+    else:
+        config = json.loads((place / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": stored}
+        (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JobError, match=f"{engine} does not read") as error:
+        run(place, engine, "")
+    assert named in error.value.fix
+
+
+def test_an_engine_s_error_before_its_progress_bars_and_its_exit_status_are_shown(
+    tmp_path: Path,
+) -> None:
+    place, python = folder(tmp_path, 1.0), tmp_path / "python"
+    bars = "Loading: 0% |          | 0/2 " * 100
+    python.write_text(
+        f"#!/bin/sh\necho 'ValueError: no base_model' >&2; echo '{bars}' >&2; kill -9 $$\n"
+    )
+    python.chmod(0o755)
+    with pytest.raises(JobError) as error:
+        run(place, "vllm", str(python))
+    assert error.value.found.startswith("ValueError: no base_model\n")
+    assert error.value.found.endswith("exit status -9")
+
+
 def test_tokens_that_one_side_does_not_list_count(tmp_path: Path) -> None:
     known = read_reference(folder(tmp_path, 1.0))
     ids, values = known["ids"].tolist(), known["logprobs"].tolist()

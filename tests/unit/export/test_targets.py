@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
+from raytrain_adv.driver.commands.export import prepared_model
 from raytrain_adv.driver.commands.use.load import _of_gguf
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export import layout
 from raytrain_adv.export.convert import write_converted
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.reference import read_reference
 from raytrain_adv.export.verify import (
     Comparison,
     compare_converted,
@@ -67,7 +70,7 @@ def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
     if "moe_intermediate_size" in KINDS[kind]:
         sizes = {**sizes, "moe_intermediate_size": 128, "norm_topk_prob": True}
     source = write_checkpoint(kind, place / "source", **sizes)
-    return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
+    return job_for(source, place / "job", **{"enable_qat": True, "pure_bf16": True, **keys})
 
 
 def prepared(job: JobConfig) -> Any:
@@ -133,6 +136,34 @@ def test_a_planted_fault_stops_the_export(
     assert "in training" in error.value.found
 
 
+@pytest.mark.parametrize(
+    ("target", "width", "named"),
+    [
+        ("vllm-w4a16", 96, "set qat_group_size: 32 or null (one scale per channel), or leave"),
+        ("executorch-8da4w", 192, "set qat_group_size: 32 or 64, or leave"),
+        ("llamacpp-q8_0", 80, "leave layers out with qat_exclude"),
+    ],
+)
+def test_group_sizes_that_the_engine_takes_are_named(
+    target: str, width: int, named: str, tmp_path: Path
+) -> None:
+    """8 and 16 were named too, and null for engines without a scale per channel."""
+    sizes = {**WIDE, "intermediate_size": width}
+    source = write_checkpoint("llama", tmp_path / "source", **sizes)
+    size = 32 if width == 80 else 128
+    job = job_for(
+        source,
+        tmp_path / "job",
+        enable_qat=True,
+        pure_bf16=True,
+        qat_target=target,
+        qat_group_size=size,
+    )
+    with pytest.raises(JobError, match="does not divide") as error:
+        Transforms(job).plan(build(job))
+    assert error.value.fix.startswith(named)
+
+
 def test_four_bits_take_half_a_byte(tmp_path: Path) -> None:
     folder = write(target_job("llama", tmp_path, qat_target="vllm-w4a16"), tmp_path / "out")
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
@@ -149,6 +180,42 @@ def test_what_is_left_out_is_named_and_the_tied_head_stays_tied(tmp_path: Path) 
     assert config["tie_word_embeddings"]
     names = {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
     assert set(config["quantization_config"]["ignore"]) == {*names, "lm_head"}
+
+
+def with_adapter(case: str, place: Path) -> tuple[JobConfig, Any]:
+    """Return a job that rounds the base alone, and its model with an adapter that is not zero."""
+    lora = {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8}
+    lora |= {"bf16": True, "pure_bf16": False}
+    job = target_job(CASES[case][0], place, **CASES[case][1], **lora)
+    model, _ = prepared_model(job)
+    load_pretrained(model, job, CPU)
+    Transforms(job).initialize(model, Transforms(job).plan(build(job)), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return job, model
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "inputs too" not in c])
+def test_an_adapter_next_to_its_rounded_base_is_compared_with_it(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
+    job, model = with_adapter(case, tmp_path)
+    tokens = torch.arange(24)
+    found = export_model(model, job, tmp_path / "model", input_ids=tokens).figures()
+    assert (found["quantized_logit_difference"] == 0) == (case != "w8a8")
+    folder = Path(found["quantized_dir"])
+    assert read_reference(folder)["tokens"].tolist() == tokens.tolist()
+    # vLLM takes the adapter's file for the model's if this does not name the model's.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_verify_asks_transformers_of_a_rounded_base_with_its_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
+    job, model = with_adapter("w4a16 g32", tmp_path)
+    export_model(model, job, tmp_path / "model", input_ids=torch.arange(24))
+    assert main(["verify", str(tmp_path / "model-quantized"), "--engine", "transformers"]) == 0
 
 
 NONE = {"qat_activation_dtype": "none"}

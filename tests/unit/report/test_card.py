@@ -79,18 +79,23 @@ def test_each_form_is_loaded_by_what_reads_it(make_job, tmp_path):
         "engine": W4A16,
         "torchao": {"quantization_config": {"quant_method": "torchao"}},
         "gguf": {},
+        "adapted": W4A16,
     }
     texts = {}
     for name, config in forms.items():
         folder = folder_with(tmp_path / name, config=config)
         if name == "gguf":
             (folder / "model.gguf").touch()
+        if name == "adapted":
+            (folder / "adapter_config.json").write_text("{}")
         write_card(folder, job, note="A note.")
         texts[name] = carded(folder).text
     assert "pip install torch transformers compressed-tensors" in texts["engine"]
     assert "vllm serve engine" in texts["engine"]
     assert "transformers torchao" in texts["torchao"] and "vllm" not in texts["torchao"]
     assert "llama-server -m gguf/model.gguf" in texts["gguf"]
+    assert "CompressedTensorsConfig(dequantize=True)" in texts["adapted"]
+    assert "CompressedTensorsConfig" not in texts["engine"]
     assert all("A note." in text for text in texts.values())
 
 
