@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "torch", "torchao", "transformers", "ray", "peft", "bitsandbytes", "datasets", "triton",
-    "kernels", "liger-kernel", "cut-cross-entropy",
+    "kernels", "liger-kernel", "cut-cross-entropy", "gguf",
 )  # fmt: skip
 
 

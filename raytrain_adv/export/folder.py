@@ -54,8 +54,10 @@ class NewFolder:
         except Exception as error:  # noqa: BLE001 # tokenizers and configs raise anything where a
             # disk is full, and the other ranks wait for this one: `publish` raises it on all.
             found = f"{type(error).__name__}: {error}\n{free_space(self.path)}"
-            what = f"{self.path} could not be written"
-            self.failure = StorageError(what, found, self.way_out)
+            what, fix = f"{self.path} could not be written", self.way_out
+            if not isinstance(error, OSError):
+                fix = f"if the disk has room, report it with this job; if not, {fix}"
+            self.failure = StorageError(what, found, fix)
             self.failure.__cause__ = error
 
     def require(self, size: int) -> None:

@@ -14,6 +14,7 @@ from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8,
+    GGUF,
     NO_TARGET,
     ROUNDED_BY,
     TARGETS,
@@ -223,6 +224,8 @@ class Qat(Switchable):
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software on which the exported model could not be compared."""
         require_package(facts, "QAT", "torchao", "set enable_qat: false", "torchao>=0.18,<0.19")
+        if self.target.layout == GGUF:
+            require_package(facts, str(self.qat_target), "gguf", "take another", "gguf>=0.17")
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
             what = "QAT with float8 activations requires compute capability 8.9 or newer"

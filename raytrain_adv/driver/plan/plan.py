@@ -1,5 +1,6 @@
 """The plan of a run: its steps, its transforms, its memory. Needs neither a GPU nor weights."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +30,14 @@ from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.estimate.limits import Limit, Scale, Work
 from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes, settled
+from raytrain_adv.export.layout import is_gguf
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.notes import cpu_notes, model_notes
+from raytrain_adv.model.vocabulary import read_tokenizer
 from raytrain_adv.ops.bitsandbytes.linear import num_weights
+from raytrain_adv.ops.fake_quant.gguf_file import name_of_tokenizer
 from raytrain_adv.report import record
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.text import GIB, plural
@@ -118,6 +122,10 @@ def resolve(
     batch = job.train.per_device_train_batch_size
     tokens = batch * (seq_len // job.parallel.sequence_parallel_size)
     plans = transforms.prepare(model, facts, tokens)
+    if is_gguf(job):
+        fast = getattr(read_tokenizer(job), "backend_tokenizer", None)
+        tokenizer = json.loads(fast.to_str()) if fast is not None else {}
+        name_of_tokenizer(tokenizer, model.config.vocab_size)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
     gpus, per_node, host_gib = _node(facts)

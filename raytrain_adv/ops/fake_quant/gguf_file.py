@@ -174,14 +174,7 @@ def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     file = source / "tokenizer.json"
     tokenizer = json.loads(file.read_text()) if file.is_file() else {}
-    model = tokenizer.get("model", {})
-    pre = _pre_tokenizer(tokenizer)
-    if model.get("type") != "BPE" or not pre:
-        raise JobError(
-            "llama.cpp's name of this tokenizer is not known",
-            f"{file}: {model.get('type', 'no such file')}",
-            "take another qat_target; written are those of Llama 3, Qwen and SmolLM",
-        )
+    pre, model = name_of_tokenizer(tokenizer, config["vocab_size"]), tokenizer["model"]
     tokens = [f"[PAD{n}]" for n in range(config["vocab_size"])]
     kinds = [int(TokenType.UNUSED)] * len(tokens)
     for token, number in model["vocab"].items():
@@ -201,6 +194,29 @@ def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
     template = source / "chat_template.jinja"
     if template.is_file():
         writer.add_chat_template(template.read_text())
+
+
+def name_of_tokenizer(tokenizer: dict[str, Any], vocab_size: int) -> str:
+    """Return llama.cpp's name of how a tokenizer, as its tokenizer.json has it, splits text. Raises
+    JobError if there is none, or if the model has no embedding of one of its tokens.
+    """
+    model, pre = tokenizer.get("model", {}), _pre_tokenizer(tokenizer)
+    if model.get("type") != "BPE" or not pre:
+        raise JobError(
+            "llama.cpp's name of this tokenizer is not known",
+            model.get("type") or "the model has no tokenizer.json",
+            "take another qat_target, as vllm-w4a16: written are tokenizers of Llama 3, Qwen and "
+            "SmolLM; or convert output_dir/model by llama.cpp's own converter",
+        )
+    added = {one["content"]: one["id"] for one in tokenizer["added_tokens"]}
+    token, largest = max((model["vocab"] | added).items(), key=lambda one: one[1])
+    if largest >= vocab_size:
+        raise JobError(
+            "llama.cpp has no room for a token that the model cannot read",
+            f"{token!r} has id {largest:,}, and the model {vocab_size:,} embeddings",
+            "set resize_vocab: true, or take another qat_target",
+        )
+    return pre
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:

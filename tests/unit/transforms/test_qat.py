@@ -248,3 +248,7 @@ def test_a_machine_that_cannot_run_the_quantized_model_is_refused():
     qat.check(H100)
     with pytest.raises(ClusterError, match="torchao not available"):
         qat.check(replace(CPU, versions={"torchao": None}))
+    with pytest.raises(ClusterError, match="llamacpp-q8_0 needs gguf") as error:
+        of_gguf = Qat(enable_qat=True, qat_target="llamacpp-q8_0")
+        of_gguf.check(replace(CPU, versions={"torchao": "0.18.0", "gguf": None}))
+    assert "pip install 'gguf>=0.17'" in error.value.fix

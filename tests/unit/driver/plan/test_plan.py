@@ -293,3 +293,30 @@ def test_missing_data_is_refused_as_in_a_run(make_job: Any, tmp_path: Path) -> N
 def test_planning_imports_no_ray() -> None:
     code = "import sys, raytrain_adv.driver.plan; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_tokenizer_that_llamacpp_cannot_name_is_refused_before_training(tmp_path: Path) -> None:
+    """Training ran to its end, and no GGUF file was written."""
+    model = write_checkpoint(
+        "llama", tmp_path / "model", vocab_size=512, hidden_size=64, intermediate_size=64
+    )
+
+    def plan(vocab: dict[str, int], **keys: Any) -> RunPlan:
+        start: dict[str, Any] = {"vocab": vocab, "unk_token": "a", **keys}
+        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        split |= {"use_regex": True}
+        tokenizer = {"version": "1.0", "model": start, "added_tokens": [], "pre_tokenizer": split}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        loaded = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "a", "eos_token": "b"}
+        (model / "tokenizer_config.json").write_text(json.dumps(loaded))
+        qat = {"enable_qat": True, "qat_target": "llamacpp-q8_0", "pure_bf16": True}
+        job = job_for(model, tmp_path / "job", stage="pt", max_steps=4, **qat)
+        return resolve(job, world_size=1, data=DATA)
+
+    with pytest.raises(JobError, match="name of this tokenizer is not known") as error:
+        plan({"a": 0, "b": 1}, type="WordLevel")
+    assert error.value.found == "WordLevel" and "vllm-w4a16" in error.value.fix
+    with pytest.raises(JobError, match="no room for a token") as error:
+        plan({"a": 0, "b": 512}, type="BPE", merges=[])
+    assert error.value.found == "'b' has id 512, and the model 512 embeddings"
+    assert plan({"a": 0, "b": 511}, type="BPE", merges=[]).seq_len
