@@ -50,6 +50,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 DELAYED = "vllm-w4a16, groups of 64"
 DELAYS = (0.25, 0.5, 0.75, 0.9)
 """Shares of the steps after which fake quantization begins."""
+TEMPLATES = {"llama": "smollm2", "gemma3_text": "gemma"}
+"""By model_type."""
 BF16, RTN, GPTQ, QAT, DISTILLED = "bf16", "round-to-nearest", "GPTQ", "QAT", "QAT, distilled"
 PACKAGES = ("torch", "transformers", "torchao", "triton", "llmcompressor", "compressed-tensors")
 
@@ -83,7 +85,7 @@ class Task:
 def tasks(options: argparse.Namespace) -> list[Task]:
     """Return all rows, target by target, and those of the delays last."""
     seeds = range(options.seeds)
-    targets = [DELAYED] if options.delays_alone else [*TARGETS]
+    targets = [DELAYED] if options.delays_alone else options.targets
     methods = (QAT, RTN) if options.delays_alone else (GPTQ, DISTILLED, QAT, RTN)
     found = [Task(BF16, "", seed) for seed in seeds]
     found += [Task(m, target, seed) for target in targets for seed in seeds for m in methods]
@@ -182,7 +184,13 @@ def parse() -> argparse.Namespace:
     if options.quick:
         options.steps, options.seeds, options.workers = 4, 1, 1
         options.calibration = 8
+    from raytrain_adv.ops.fake_quant.targets import ARCHITECTURES
+
     options.work = options.work.absolute()
+    options.model_type = json.loads((options.model / "config.json").read_text())["model_type"]
+    options.targets = [*TARGETS]
+    if options.model_type not in ARCHITECTURES:  # that are written as GGUF
+        options.targets.remove("llamacpp-q4_0")
     options.rows, options.cutoff, options.held_out = (2, 96, 8) if options.quick else (16, 256, 200)
     options.cores = len(os.sched_getaffinity(0))
     trainers = options.workers * max(1, torch.cuda.device_count())
@@ -299,7 +307,7 @@ def keys_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         "stage": "sft",
         "finetuning_type": "full",
         "bf16": True,
-        "template": "smollm2",
+        "template": TEMPLATES[options.model_type],
         "dataset": [str(work / f"{name}_train.json") for name in ("instructions", "calls")],
         "eval_dataset": [str(work / f"{name}_held.json") for name in ("instructions", "calls")],
         "eval_on_each_dataset": True,
