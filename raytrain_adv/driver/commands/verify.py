@@ -112,8 +112,9 @@ def ask(folder: Path, engine: str, python: str) -> Answer:
         if "ModuleNotFoundError" not in said.rpartition("\n")[2]:
             fix = "it started: docs/serve.md names the targets and processors that it takes"
         raised = re.findall(r"^.*\w(?:Error|Exception): .*$", said[:-TAIL], re.MULTILINE)
-        parts = [*(line[:TAIL] for line in raised[-1:]), said[-TAIL:]]
-        parts.append(f"exit status {ran.returncode}")
+        parts = [*(line[:TAIL] for line in raised[-1:]), *filter(None, [said[-TAIL:]])]
+        if ran.returncode < 0 or not said:  # killed, or silent
+            parts.append(f"exit status {ran.returncode}")
         raise JobError(f"{engine} did not answer", "\n".join(parts), fix)
     found = [{int(token): value for token, value in at.items()} for at in lines["FOUND"]]
     return Answer(found, **lines["SPEED"])
