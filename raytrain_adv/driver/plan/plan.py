@@ -122,10 +122,7 @@ def resolve(
     batch = job.train.per_device_train_batch_size
     tokens = batch * (seq_len // job.parallel.sequence_parallel_size)
     plans = transforms.prepare(model, facts, tokens)
-    if is_gguf(job):
-        fast = getattr(read_tokenizer(job), "backend_tokenizer", None)
-        tokenizer = json.loads(fast.to_str()) if fast is not None else {}
-        name_of_tokenizer(tokenizer, model.config.vocab_size)
+    _refuse_tokenizer(job, model)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
     gpus, per_node, host_gib = _node(facts)
@@ -160,6 +157,15 @@ def resolve(
         scale=work.at(world_size, assumed) if assumed else None,
         limits=tuple(work.limits(world_size, assumed)) if assumed else (),
     )
+
+
+def _refuse_tokenizer(job: JobConfig, model: PreTrainedModel) -> None:
+    """Raise JobError if the job exports GGUF and llama.cpp cannot read the tokenizer."""
+    if not is_gguf(job):
+        return
+    fast = getattr(read_tokenizer(job), "backend_tokenizer", None)
+    tokenizer = json.loads(fast.to_str()) if fast is not None else {}
+    name_of_tokenizer(tokenizer, model.config.vocab_size)
 
 
 def _with_gain(
